@@ -1,0 +1,1 @@
+"""Kernels: each Triton kernel stands beside its naive reference in plain PyTorch."""

@@ -1,0 +1,122 @@
+"""The packed format: how 2-, 4- and 8-bit codes and their metadata lie in memory.
+
+Tokens are packed in blocks of `BLOCK` = 128. Inside a block, a 16-bit word holds 16 / bits codes of *one channel*:
+word `w` holds the tokens `w, w + W, w + 2W, ...` with `W = words(bits) = 8 * bits`. So slice `i` of a tile of words,
+`(tile >> i * bits) & mask`, is a tile of `W` contiguous tokens with every channel: a matrix operand as it stands, for
+any head dimension. Two layouts, so that a 32-bit load holds two neighbours along the axis that attention contracts:
+
+    key    codes [..., blocks, W, head_dim]      q @ k^T contracts channels
+    value  codes [..., blocks, head_dim, W]      p @ v contracts tokens
+
+A group of `group` values shares one scale and one zero. Its values lie along tokens (one channel; KIVI's and MiniKV's
+"sub-channel" keys) or along channels (one token; values, and MiKV's keys):
+
+    token    scale, zero [..., blocks, BLOCK / group, head_dim]
+    channel  scale, zero [..., blocks, head_dim / group, BLOCK]
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+"""Tokens in a block. Tiers hold whole blocks only, so no kernel masks the inside of one."""
+
+WORD_BITS = 16
+
+Layout = Literal["key", "value"]
+GroupAxis = Literal["token", "channel"]
+
+
+def words(bits: int) -> int:
+    """16-bit words per channel and block."""
+    return BLOCK * bits // WORD_BITS
+
+
+def metadata_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scales and zeros: 16 bits, with at least the range of `dtype`, so that none can overflow."""
+    return torch.float16 if dtype == torch.float16 else torch.bfloat16
+
+
+def value_group(group: int, head_dim: int) -> int:
+    """The largest power-of-two group of channels, at most `group`, that divides `head_dim`."""
+    while head_dim % group:
+        group //= 2
+    return group
+
+
+def _grouped(x: Tensor, group: int, axis: GroupAxis) -> Tensor:
+    """[..., n, BLOCK, D] with its group as a dimension: -2 for the token axis, -1 for the channel axis."""
+    *lead, tokens, channels = x.shape
+    if axis == "token":
+        return x.reshape(*lead, tokens // group, group, channels)
+    return x.reshape(*lead, tokens, channels // group, group)
+
+
+def _stored(meta: Tensor, axis: GroupAxis) -> Tensor:
+    """Per-group metadata in its memory order. For the channel axis the tokens go last, as in the codes of values."""
+    return meta if axis == "token" else meta.transpose(-1, -2).contiguous()
+
+
+def quantize(x: Tensor, bits: int, group: int, axis: GroupAxis) -> tuple[Tensor, Tensor, Tensor]:
+    """Asymmetric min/max quantization of whole blocks.
+
+    Args:
+        x: [..., blocks, BLOCK, head_dim], fp16, bf16 or fp32. Values that are not finite take no part in a group's
+            range: inf takes the last code, -inf and NaN the first.
+
+    Returns:
+        codes: int32 [..., blocks, BLOCK, head_dim], fitted to scale and zero *as stored*, so that their rounding adds
+            no second error.
+        scale, zero: [..., blocks, BLOCK / group, head_dim] or [..., blocks, head_dim / group, BLOCK].
+    """
+    dtype = metadata_dtype(x.dtype)
+    dim = -2 if axis == "token" else -1
+    top = 2**bits - 1
+    values = _grouped(x.float(), group, axis)
+    finite = torch.isfinite(values)
+    low = torch.where(finite, values, torch.inf).amin(dim)
+    high = torch.where(finite, values, -torch.inf).amax(dim)
+    some = low <= high
+    low, high = torch.where(some, low, 0.0), torch.where(some, high, 0.0)
+    limit = torch.finfo(dtype).max
+    zero = low.clamp(-limit, limit).to(dtype)
+    # high - low could overflow fp32, the difference of the quotients cannot.
+    scale = (high / top - low / top).clamp(max=limit).to(dtype)
+    step, base = scale.float().unsqueeze(dim), zero.float().unsqueeze(dim)
+    position = (values / torch.where(step > 0, step, 1.0) - base / torch.where(step > 0, step, 1.0)).nan_to_num(0.0)
+    codes = torch.where(step > 0, position.round().clamp(0, top), 0.0)
+    return codes.to(torch.int32).reshape(x.shape), _stored(scale, axis), _stored(zero, axis)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, group: int, axis: GroupAxis) -> Tensor:
+    """The inverse of `quantize`: float32 [..., blocks, BLOCK, head_dim]."""
+    if axis == "channel":
+        scale, zero = scale.transpose(-1, -2), zero.transpose(-1, -2)
+    dim = -2 if axis == "token" else -1
+    values = _grouped(codes.float(), group, axis) * scale.float().unsqueeze(dim) + zero.float().unsqueeze(dim)
+    return values.reshape(codes.shape)
+
+
+def pack(codes: Tensor, bits: int, layout: Layout) -> Tensor:
+    """int32 codes [..., blocks, BLOCK, head_dim] -> int16 words, in the order of `layout`."""
+    *lead, _, channels = codes.shape
+    slices = codes.reshape(*lead, WORD_BITS // bits, words(bits), channels)
+    shifts = torch.arange(0, WORD_BITS, bits, device=codes.device, dtype=torch.int32).view(-1, 1, 1)
+    packed = (slices << shifts).sum(-3)
+    # The sum is at most 65535: wrap into the signed word without an out-of-range conversion.
+    packed = (packed - ((packed >> 15) << 16)).to(torch.int16)
+    return packed if layout == "key" else packed.transpose(-1, -2).contiguous()
+
+
+def unpack(packed: Tensor, bits: int, layout: Layout) -> Tensor:
+    """The inverse of `pack`: int32 [..., blocks, BLOCK, head_dim]."""
+    if layout == "value":
+        packed = packed.transpose(-1, -2)
+    *lead, _, channels = packed.shape
+    shifts = torch.arange(0, WORD_BITS, bits, device=packed.device, dtype=torch.int32).view(-1, 1, 1)
+    codes = (packed.to(torch.int32).unsqueeze(-3) >> shifts) & (2**bits - 1)
+    return codes.reshape(*lead, BLOCK, channels)

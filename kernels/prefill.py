@@ -1,0 +1,32 @@
+"""The first pass of the two-pass prefill: the vendor's attention, with its log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """SDPA, causal, grouped heads: [batch, heads, seq, head_dim]."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def causal_attention_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The same on CUDA, with the natural log-sum-exp, fp32 [batch, heads, seq].
+
+    cuDNN's kernel, the fastest on Hopper, takes 16-bit inputs and head dimensions up to 128 (a multiple of 8);
+    flash attention up to 256; fp32 goes to the memory-efficient kernel.
+    """
+    seq, dim = q.shape[2:]
+    if q.dtype == torch.float32:
+        repeats = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scale)
+    elif dim <= 128 and torch.backends.cuda.cudnn_sdp_enabled():
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
+    else:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
+    return out, lse.reshape(*lse.shape[:2], -1)[..., :seq]

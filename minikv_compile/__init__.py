@@ -1,0 +1,10 @@
+"""Run any decoder LLM from a packed 2-bit KV cache: a torch.compile backend."""
+
+from .backend import MiniKVBackend, compile, is_active, minikv_backend
+from .config import ConfigError, MiniKVConfig
+from .packed import PackedInt
+from .tensor import KVTensor
+
+__all__ = [
+    "ConfigError", "KVTensor", "MiniKVBackend", "MiniKVConfig", "PackedInt", "compile", "is_active", "minikv_backend",
+]  # fmt: skip

@@ -1,0 +1,127 @@
+"""`minikv_backend`: the torch.compile backend."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from . import compat
+from .config import MiniKVConfig
+from .passes.desugar import desugar
+from .passes.graph import example
+from .passes.rewrite import RewriteError, Rewriter, SiteReport
+from .tensor import KVTensor
+
+log = logging.getLogger("minikv")
+
+_rewritten_parameters: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+"""Parameters of graphs in which a site was rewritten, by id: how `is_active` knows a model."""
+
+
+class MiniKVBackend:
+    """A torch.compile backend that rewrites attention and its KV cache, then compiles with `inner`.
+
+    Args:
+        config: what to keep; the preset `default` if None.
+        inner: "inductor", the name of another registered backend ("eager" for quick tests), or a callable
+            `(GraphModule, example_inputs) -> callable`.
+
+    Attributes:
+        graphs: for each compiled graph that holds attention, what became of its sites.
+    """
+
+    def __init__(self, config: MiniKVConfig | None = None, inner: str | Callable = "inductor"):
+        if config is not None and not isinstance(config, MiniKVConfig):
+            raise TypeError(f"config must be a MiniKVConfig, not {type(config).__name__}.")
+        self.config = config or MiniKVConfig()
+        self.inner = inner
+        self.graphs: list[list[SiteReport]] = []
+
+    def __call__(
+        self, module: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None,
+        options: dict[str, Any] | None = None, **unused: Any,
+    ) -> Callable:  # fmt: skip
+        """Compile one Dynamo graph. `mode` and `options` go to `inner` when it is "inductor".
+
+        Raises:
+            RewriteError: gradients are on, a cache of another configuration came in, or, with `strict`, a site that
+                cannot be rewritten.
+        """
+        inner = compat.inner_compiler(self.inner, mode, options)
+        originals = [node for node in module.graph.nodes if node.op == "placeholder"]
+        if os.environ.get("MINIKV_DISABLE") == "1" and not any(isinstance(example(n), KVTensor) for n in originals):
+            return inner(module, example_inputs)
+        rewriter = Rewriter(module, self.config)
+        rewritten = rewriter.run()
+        if not rewritten.sites and not rewritten.fields:
+            return inner(module, example_inputs)
+        self._check_gradients(example_inputs)
+        self._report(rewritten.sites)
+        if not rewritten.outputs_changed:
+            return inner(module, example_inputs)
+        inputs, boundary = desugar(rewritten, rewriter.originals, example_inputs, self.config)
+        boundary.compiled = inner(rewritten.module, inputs)
+        for tensor in example_inputs:
+            if isinstance(tensor, torch.nn.Parameter):
+                _rewritten_parameters[id(tensor)] = tensor
+        return boundary
+
+    def _check_gradients(self, example_inputs: Sequence[Any]) -> None:
+        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
+            raise RewriteError(
+                "MiniKV compresses the cache of a model that generates, it has no gradients: call the model under "
+                "torch.no_grad() or torch.inference_mode()."
+            )
+
+    def _report(self, sites: list[SiteReport]) -> None:
+        self.graphs.append(sites)
+        taken = [site for site in sites if site.rewritten]
+        reasons = {site.reason: site for site in sites if not site.rewritten}
+        compat.count(rewritten=len(taken), skipped=len(sites) - len(taken))
+        log.info(
+            "%d attention sites, %d rewritten (%s), %d left alone", len(sites), len(taken),
+            ", ".join(sorted({site.kind for site in taken})), len(sites) - len(taken),
+        )  # fmt: skip
+        for reason, site in reasons.items():
+            message = f"site {site.layer} ({site.where}) keeps the model's own attention, uncompressed: {reason}"
+            if self.config.strict and reason != "listed in skip_layers":
+                raise RewriteError(message)
+            log.log(logging.INFO if taken else logging.WARNING, message)
+
+    def __repr__(self) -> str:
+        return f"MiniKVBackend({self.config}, inner={self.inner!r})"
+
+
+minikv_backend = MiniKVBackend()
+"""The backend with the preset `default`; also `torch.compile(model, backend="minikv")`."""
+
+
+def compile(model: torch.nn.Module, config: MiniKVConfig | str | None = None, **kwargs: Any) -> torch.nn.Module:
+    """Compile `model.forward` in place with a MiniKV backend, so that `model(...)` and `model.generate(...)` use it.
+
+    Args:
+        config: a `MiniKVConfig`, the name of a preset, or None for `default`.
+        kwargs: for `torch.nn.Module.compile`, or `inner` for `MiniKVBackend`.
+
+    Returns:
+        the model itself.
+    """
+    if isinstance(config, str):
+        config = MiniKVConfig.preset(config)
+    inner = kwargs.pop("inner", "inductor")
+    model.compile(backend=MiniKVBackend(config, inner), **kwargs)
+    return model
+
+
+def is_active(model: torch.nn.Module) -> bool:
+    """Whether a forward pass of `model` has run through a graph that a MiniKV backend rewrote.
+
+    `torch.compile(model, backend=...).generate(...)` compiles nothing: then this is False.
+    """
+    return any(_rewritten_parameters.get(id(p)) is p for p in model.parameters())

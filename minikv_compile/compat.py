@@ -1,0 +1,60 @@
+"""The one module that touches private names of torch, for torch 2.11 to 2.13."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo import lookup_backend, maybe_mark_dynamic
+from torch._dynamo.source import AttrSource, TensorProperty, TensorPropertySource
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule
+
+
+def is_fake(x: Tensor) -> bool:
+    """Whether `x` is a tensor without data, as Dynamo traces with."""
+    return isinstance(x, FakeTensor)
+
+
+def mark_dynamic(x: Tensor, dim: int) -> None:
+    """Let Dynamo treat this size as dynamic from the first compilation on."""
+    maybe_mark_dynamic(x, dim)
+
+
+@contextmanager
+def outside_inference_mode():
+    """No gradients, and tensors that may be written in place later, inside inference mode and outside of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def field_source(source, name: str):
+    """Dynamo's source of the attribute `name` of a `KVTensor`, or of its length ("length")."""
+    if name == "length":
+        return TensorPropertySource(source, TensorProperty.SIZE, 2)
+    return AttrSource(source, name)
+
+
+def copy_module_attributes(source: GraphModule, target: GraphModule) -> None:
+    """What AOTAutograd reads off Dynamo's graph module besides its graph."""
+    for name in ("_param_name_to_source", "compile_subgraph_reason", "torchdynamo_force_dynamic"):
+        if hasattr(source, name):
+            setattr(target, name, getattr(source, name))
+
+
+def inner_compiler(name: str | Callable, mode: str | None, options: dict[str, Any] | None) -> Callable:
+    """What compiles the rewritten graph: `(module, example_inputs) -> callable`."""
+    if callable(name):
+        return name
+    if name == "inductor":
+        return torch._TorchCompileInductorWrapper(mode, options, None)
+    return lookup_backend(name)
+
+
+def count(**amounts: int) -> None:
+    """Add to `torch._dynamo.utils.counters["minikv"]`."""
+    counters["minikv"].update(amounts)

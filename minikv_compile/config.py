@@ -1,0 +1,152 @@
+"""`MiniKVConfig`: what is kept, at which precision."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .kernels.packing import BLOCK, value_group
+from .policy import LAYER_BUDGETS, POLICIES
+from .rotation import ROTATIONS
+
+PRESETS: dict[str, dict] = {
+    "default": {},
+    "minikv": dict(
+        group=16, rotation="none", sinks=0, window=0, policy="heavy_hitter", heavy=0.25, recent=0.25,
+        layer_budget="pyramid",
+    ),
+    "lossless": dict(bits=16, rotation="none", sinks=0, window=0),
+}  # fmt: skip
+
+
+class ConfigError(ValueError):
+    """A field of `MiniKVConfig` is out of range; the message names it."""
+
+
+@dataclass(frozen=True)
+class MiniKVConfig:
+    """How a backend compresses the KV cache. Immutable, hashable, validated.
+
+    The defaults are the preset `default`: 2 bits, nothing dropped. See `MiniKVConfig.preset`.
+    """
+
+    bits: int = 2
+    """Bits of a code: 2, 4 or 8; 16 keeps every token in the model's dtype (rewriting on, compression off)."""
+    group: int = 64
+    """Values that share one scale and one zero: 16, 32, 64 or 128. Keys: tokens of one channel. Values: channels of
+    one token; a head dimension that `group` does not divide takes the largest power of two that does. (MiniKV
+    section 3.3: 16; KIVI, arXiv 2402.02750: 32.)"""
+    rotation: str = "hadamard"
+    """Orthogonal rotation of the head dimension before quantizing: "none" or "hadamard" (QuaRot, arXiv 2404.00456)."""
+    sinks: int = 4
+    """First tokens of each row, held unquantized (StreamingLLM, arXiv 2309.17453), in tokens."""
+    window: int = 64
+    """Newest tokens, never quantized, in tokens: a rollback of up to `window` tokens is exact."""
+    buffer: int = BLOCK
+    """Room for tokens between the window and the next flush, in tokens: a multiple of 128. A flush quantizes whole
+    blocks of 128 tokens. (MiniKV's residual length, 128.)"""
+    policy: str = "keep_all"
+    """Which prompt tokens are kept: "keep_all", or "heavy_hitter" (MiniKV section 3.1: the highest cumulative scores
+    and the newest tokens)."""
+    heavy: float | int = 0.5
+    """Heavy-hitter budget, the mean over layers, per KV head: a float is a share of the prompt, an int is tokens."""
+    recent: float | int = 0.0
+    """Recent budget, the same in every layer: newest prompt tokens that the policy keeps and packs like the heavy
+    hitters. A float is a share of the prompt, an int is tokens."""
+    layer_budget: str = "uniform"
+    """How the heavy budget is spread over layers: "uniform" or "pyramid" (MiniKV section 3.2)."""
+    pyramid_depth: float = 7.0
+    """Pyramid: the last layer's heavy budget is the mean divided by this; the first layer's makes the mean come out
+    (MiniKV's delta; 1 is uniform)."""
+    skip_layers: tuple[int, ...] = ()
+    """Layers whose cache stays the model's own, uncompressed: indices of attention sites in execution order;
+    negative ones count from the last."""
+    min_prompt: int = 0
+    """Prompts of fewer tokens stay whole and unquantized until generation fills `buffer`, in tokens."""
+    strict: bool = False
+    """Raise where a site cannot be rewritten, or where K or V hold NaN or inf, instead of reporting it."""
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, field: str, must: str) -> None:
+            if not ok:
+                raise ConfigError(f"MiniKVConfig.{field} = {getattr(self, field)!r}: must be {must}.")
+
+        def count(value: object) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+        def share(value: object) -> bool:
+            return count(value) or (isinstance(value, float) and 0.0 <= value <= 1.0)
+
+        object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
+        check(self.bits in (2, 4, 8, 16), "bits", "2, 4, 8 or 16")
+        check(self.group in (16, 32, 64, 128), "group", "16, 32, 64 or 128 values")
+        check(self.rotation in ROTATIONS, "rotation", f"one of {', '.join(ROTATIONS)}")
+        check(count(self.sinks), "sinks", "a number of tokens, 0 or more")
+        check(count(self.window), "window", "a number of tokens, 0 or more")
+        check(
+            count(self.buffer) and self.buffer >= BLOCK and self.buffer % BLOCK == 0,
+            "buffer", f"a positive multiple of {BLOCK} tokens",
+        )  # fmt: skip
+        check(self.policy in POLICIES, "policy", f"one of {', '.join(POLICIES)}")
+        check(share(self.heavy), "heavy", "a share of the prompt in [0.0, 1.0] or a number of tokens")
+        check(share(self.recent), "recent", "a share of the prompt in [0.0, 1.0] or a number of tokens")
+        check(self.layer_budget in LAYER_BUDGETS, "layer_budget", f"one of {', '.join(LAYER_BUDGETS)}")
+        check(
+            isinstance(self.pyramid_depth, (int, float)) and self.pyramid_depth >= 1, "pyramid_depth", "at least 1"
+        )
+        check(
+            all(isinstance(layer, int) and not isinstance(layer, bool) for layer in self.skip_layers),
+            "skip_layers", "a tuple of layer indices",
+        )  # fmt: skip
+        check(count(self.min_prompt), "min_prompt", "a number of tokens, 0 or more")
+        check(isinstance(self.strict, bool), "strict", "True or False")
+        check(
+            not (self.bits == 16 and self.policy != "keep_all"),
+            "policy", '"keep_all" when bits is 16',
+        )  # fmt: skip
+
+    @classmethod
+    def preset(cls, name: str, **changes: object) -> MiniKVConfig:
+        """A named configuration, with `changes` to single fields.
+
+        - `default`: 2 bits, group 64, Hadamard, 4 sinks, a window of 64; nothing dropped. About 17% of dense at 8K.
+        - `minikv`: the paper's arithmetic and budgets (MiniKV section 4): 2 bits, group 16, 25% heavy hitters + 25%
+          recent, pyramid of depth 7. About 14% at 8K. Drops half of the prompt: facts can be lost.
+        - `lossless`: everything in the model's dtype: the rewriting without the compression.
+
+        Raises:
+            ConfigError: unknown name, or a change out of range.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"MiniKVConfig.preset({name!r}): must be one of {', '.join(PRESETS)}.")
+        return cls(**{**PRESETS[name], **changes})  # type: ignore[arg-type]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of the dense region of a compressed row: sinks, window and buffer."""
+        return self.sinks + self.window + self.buffer
+
+    @property
+    def drops(self) -> bool:
+        """Whether prompt tokens can be dropped."""
+        return self.policy != "keep_all"
+
+    def value_group(self, head_dim: int) -> int:
+        """Channels that share a value's scale and zero."""
+        return value_group(self.group, head_dim)
+
+    def to_json(self) -> str:
+        """One line that `from_json` turns back into an equal configuration: what ops and saved caches carry."""
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+
+    @staticmethod
+    @lru_cache
+    def from_json(text: str) -> MiniKVConfig:
+        return MiniKVConfig(**json.loads(text))
+
+    def differences(self, other: MiniKVConfig) -> str:
+        """The fields in which two configurations differ, as "field: mine / other's"."""
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        return ", ".join(f"{k}: {mine[k]!r} / {theirs[k]!r}" for k in mine if mine[k] != theirs[k])

@@ -1,0 +1,286 @@
+"""The custom ops `torch.ops.minikv.*`: what the rewritten graph calls. Each runs on CPU and CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from .config import MiniKVConfig
+from .kernels import attention, compress, prefill, scores
+from .kernels.packing import BLOCK, metadata_dtype, words
+from .policy import select
+from .rotation import rotation_matrix
+
+ROLES = ("key", "value")
+OFFSET, NOT_FINITE, IN_TIER = range(3)
+"""Columns of a state, int32 [batch, 3]: `length - offset` tokens of the row are valid in its dense region (sinks,
+window, buffer); how many stored tokens hold NaN or inf; tokens in the tier."""
+
+MIN_BLOCKS = 2
+"""A dimension of size 0 or 1 would be specialised by Dynamo, and its growth would recompile."""
+
+
+def row_order(valid: Tensor) -> Tensor:
+    """int64 [batch, seq]: each row's valid tokens first, in their order. `valid`: bool [batch, seq]."""
+    return valid.logical_not().to(torch.int8).argsort(dim=-1, stable=True)
+
+
+def take_tokens(x: Tensor, order: Tensor) -> Tensor:
+    """Tokens of [batch, heads, seq, head_dim] by `order`, int64 [batch, tokens] or [batch, heads, tokens]."""
+    if order.dim() == 2:
+        order = order[:, None].expand(-1, x.shape[1], -1)
+    return x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1]))
+
+
+@custom_op("minikv::prefill_attention", mutates_args=())
+def prefill_attention(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float, scored: bool
+) -> tuple[Tensor, Tensor]:
+    """Causal attention in memory linear in `seq`, and its column scores.
+
+    Args:
+        q: [batch, heads, seq, head_dim]; k, v: [batch, kv_heads, seq, head_dim].
+        valid: bool [batch, seq], False for padding, at any place; None for no padding. Outputs at padding are finite
+            and otherwise unspecified.
+        scored: whether scores are wanted.
+
+    Returns:
+        out like `q`; scores fp32 [batch, kv_heads, seq], each row's valid tokens first, or an empty tensor.
+    """
+    lengths = order = None
+    if valid is not None:
+        # With the valid tokens first, causality alone masks the padding: no [seq, seq] mask.
+        order, lengths = row_order(valid), valid.sum(-1)
+        q, k, v = (take_tokens(x, order) for x in (q, k, v))
+    if not scored:
+        out, columns = prefill.causal_attention(q, k, v, scale), q.new_empty(0, dtype=torch.float32)
+    elif q.is_cuda:
+        out, lse = prefill.causal_attention_lse(q, k, v, scale)
+        columns = scores.column_scores(q, k, lse, scale, lengths)
+    else:
+        out = prefill.causal_attention(q, k, v, scale)
+        columns = scores.column_scores_reference(q, k, scale, lengths)
+    if order is not None:
+        out = take_tokens(out, order.argsort(dim=-1))
+    return out.contiguous(), columns
+
+
+@prefill_attention.register_fake
+def _(q, k, v, valid, scale, scored):
+    shape = (k.shape[0], k.shape[1], k.shape[2]) if scored else (0,)
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
+
+
+def _bitmask(index: Tensor, counts: Tensor, seq: int) -> Tensor:
+    """uint8 [batch, kv_heads, ceil(seq / 8)]: bit s % 8 of byte s // 8 says whether token s is kept."""
+    batch, heads, kept = index.shape
+    mask = torch.zeros(batch, heads, -(-seq // 8) * 8 + 1, dtype=torch.bool, device=index.device)
+    real = torch.arange(kept, device=index.device) < counts[:, None, None]
+    mask.scatter_(2, torch.where(real, index, mask.shape[-1] - 1), True)
+    bits = mask[..., :-1].unflatten(-1, (-1, 8)).to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return bits.sum(-1, dtype=torch.uint8)
+
+
+def _not_finite(x: Tensor, valid: Tensor | None) -> Tensor:
+    """int32 [batch]: tokens of [batch, kv_heads, seq, head_dim] that hold NaN or inf."""
+    bad = ~torch.isfinite(x).all(-1).all(1)
+    return (bad if valid is None else bad & valid).sum(-1, dtype=torch.int32)
+
+
+def dense_capacity(config: MiniKVConfig, used: int, ragged: bool) -> int:
+    """Tokens of a dense region that holds `used`.
+
+    Rows of unequal length fill their blocks at different times, and the host, which does not read their lengths,
+    flushes for the fullest row that could be: they get one block more.
+    """
+    if config.bits == 16 or used > config.capacity + ragged * BLOCK:
+        return -(-(used + config.buffer) // BLOCK) * BLOCK
+    return config.capacity + ragged * BLOCK
+
+
+def pack_tokens(x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
+    """`kernels.compress` on the device of `x`."""
+    return (compress.compress if x.is_cuda else compress.compress_reference)(x, *args, **kwargs)
+
+
+def grouping(config: MiniKVConfig, role: str, head_dim: int) -> tuple[int, str]:
+    """Group size and axis of the keys or the values."""
+    return (config.group, "token") if role == "key" else (config.value_group(head_dim), "channel")
+
+
+@custom_op("minikv::compress", mutates_args=())
+def compress_prompt(
+    k: Tensor, v: Tensor, scores: Tensor | None, valid: Tensor | None, layer: int, layers: int, config: str
+) -> list[Tensor]:
+    """Select, gather, rotate, quantize and pack the prompt's keys and values.
+
+    Args:
+        k, v: [batch, kv_heads, seq, head_dim], any strides.
+        scores: fp32 [batch, kv_heads, seq], each row's valid tokens first; None where the policy keeps all.
+        valid: bool [batch, seq], False for padding; None for no padding.
+        config: `MiniKVConfig.to_json()`.
+
+    Returns:
+        the tensors of `fields(...)`, first for the keys, then for the values.
+
+    Raises:
+        ValueError: a prompt without tokens.
+    """
+    settings = MiniKVConfig.from_json(config)
+    batch, heads, seq, dim = k.shape
+    lengths = [seq] * batch if valid is None else valid.sum(-1).tolist()
+    if min(lengths) == 0:
+        raise ValueError(f"MiniKV, layer {layer}: row {lengths.index(0)} of the batch has no tokens: the prompt is empty.")
+    whole = settings.bits == 16 or seq < settings.min_prompt
+    order = None if valid is None else row_order(valid)
+    index, counts = order if order is None else order[:, None].expand(-1, heads, -1), lengths
+    if settings.drops and not whole:
+        rows = select(scores, lengths, layer, layers, settings)
+        counts = [row.shape[-1] for row in rows]
+        index = torch.nn.utils.rnn.pad_sequence([row.T for row in rows], batch_first=True).transpose(1, 2)
+        if order is not None:
+            index = order[:, None].expand(-1, heads, -1).gather(2, index)
+
+    packed = [0 if whole else max(0, n - settings.sinks - settings.window) // BLOCK * BLOCK for n in counts]
+    in_dense = [n - p for n, p in zip(counts, packed, strict=True)]
+    ragged = len(set(counts)) > 1
+    capacity = dense_capacity(settings, max(in_dense), ragged)
+    tier = torch.tensor(packed, dtype=torch.int32, device=k.device)
+    slot = torch.arange(capacity, device=k.device)
+    source = torch.where(slot < settings.sinks, slot, slot + tier[:, None]).clamp(max=max(counts) - 1)
+    source = source[:, None].expand(-1, heads, -1)
+    if index is not None:
+        source = index.gather(2, source)
+    rotation = rotation_matrix(settings.rotation, dim, k.device)
+
+    out = []
+    for role, x in zip(ROLES, (k, v), strict=True):
+        if settings.bits < 16:
+            group, axis = grouping(settings, role, dim)
+            blocks = max(max(packed) // BLOCK, MIN_BLOCKS)
+            out += pack_tokens(x, index, settings.sinks, tier, blocks, settings.bits, group, axis, role, rotation)
+        offset = torch.tensor([seq - n for n in in_dense], dtype=torch.int32, device=k.device)
+        out += [take_tokens(x, source), torch.stack([offset, _not_finite(x, valid), tier], -1)]
+        if settings.drops or valid is not None:
+            everything = torch.arange(seq, device=k.device).expand(batch, heads, -1) if index is None else index
+            out.append(_bitmask(everything, slot.new_tensor(counts), seq))
+    return out
+
+
+def fields(config: MiniKVConfig, padded: bool) -> list[str]:
+    """Names of the tensors that `compress_prompt` returns for the keys, and again for the values."""
+    names = ["codes", "scale", "zero"] if config.bits < 16 else []
+    return names + ["dense", "state"] + (["kept"] if config.drops or padded else [])
+
+
+@compress_prompt.register_fake
+def _(k, v, scores, valid, layer, layers, config):
+    settings = MiniKVConfig.from_json(config)
+    batch, heads, seq, dim = k.shape
+    size = torch.library.get_ctx().new_dynamic_size
+    blocks, capacity = size(min=MIN_BLOCKS), size(min=MIN_BLOCKS)
+    out = []
+    for role, x in zip(ROLES, (k, v), strict=True):
+        codes, scale, zero = tier_shapes(settings, role, blocks, dim)
+        made = {
+            "codes": (codes, torch.int16),
+            "scale": (scale, metadata_dtype(x.dtype)),
+            "zero": (zero, metadata_dtype(x.dtype)),
+            "dense": ((capacity, dim), x.dtype),
+            "kept": (((seq + 7) // 8,), torch.uint8),
+        }
+        for name in fields(settings, valid is not None):
+            if name == "state":
+                out.append(x.new_empty((batch, 3), dtype=torch.int32))
+            else:
+                shape, dtype = made[name]
+                out.append(x.new_empty((batch, heads, *shape), dtype=dtype))
+    return out
+
+
+def empty_tier(dense: Tensor, role: str, config: MiniKVConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """A tier of no blocks, for the caches that have none."""
+    shapes = tier_shapes(config, role, 0, dense.shape[-1])
+    lead = dense.shape[:2]
+    dtypes = (torch.int16, metadata_dtype(dense.dtype), metadata_dtype(dense.dtype))
+    return tuple(dense.new_empty((*lead, *s), dtype=d) for s, d in zip(shapes, dtypes, strict=True))
+
+
+def tier_shapes(config: MiniKVConfig, role: str, blocks: int, dim: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of codes, scale and zero (`kernels.packing`), without batch and heads. At 16 bits: as at 2 bits."""
+    group, axis = grouping(config, role, dim)
+    width = words(config.bits if config.bits < 16 else 2)
+    meta = (blocks, BLOCK // group, dim) if axis == "token" else (blocks, dim // group, BLOCK)
+    return ((blocks, width, dim) if role == "key" else (blocks, dim, width)), meta, meta
+
+
+@custom_op("minikv::decode_attention", mutates_args=("k_dense", "v_dense"))
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_tier: Sequence[Tensor], v_tier: Sequence[Tensor], k_dense: Tensor,
+    v_dense: Tensor, state: Tensor, length: int, scale: float, config: str,
+) -> Tensor:  # fmt: skip
+    """Append the new tokens to the dense regions, and attend from them over tier and dense region.
+
+    Args:
+        q: [batch, heads, n, head_dim]; k, v: the new tokens, [batch, kv_heads, n, head_dim].
+        k_tier, v_tier: codes, scale and zero, or nothing (16 bits). k_dense, v_dense: written in place; the caller has
+            made room (`KVTensor.reserve`).
+        state: int32 [batch, 3] of the keys. length: logical tokens, without the new ones.
+
+    Returns:
+        [batch, heads, n, head_dim].
+    """
+    settings = MiniKVConfig.from_json(config)
+    length += k.shape[2]
+    attention.append(k_dense, k, state, length)
+    attention.append(v_dense, v, state, length)
+    dim = q.shape[-1]
+    if not k_tier:
+        k_tier, v_tier = (empty_tier(dense, role, settings) for dense, role in ((k_dense, "key"), (v_dense, "value")))
+    return attention.attend_reference(
+        q, tuple(k_tier), tuple(v_tier), k_dense, v_dense, state, length, scale, settings.bits if settings.bits < 16 else 2,
+        settings.group, "token", settings.value_group(dim), rotation_matrix(settings.rotation, dim, q.device),
+    )  # fmt: skip
+
+
+@decode_attention.register_fake
+def _(q, k, v, k_tier, v_tier, k_dense, v_dense, state, length, scale, config):
+    return q.new_empty(q.shape)
+
+
+@custom_op("minikv::flush", mutates_args=("codes", "scale", "zero", "dense", "state"))
+def flush(
+    codes: Tensor, scale: Tensor, zero: Tensor, dense: Tensor, state: Tensor, length: int, blocks: int, role: str,
+    config: str,
+) -> None:  # fmt: skip
+    """Move the oldest tokens of each row's dense region that are neither sink nor window into its tier, in whole blocks.
+
+    Args:
+        blocks: at most so many per row. The tier has room for them.
+        role: "key" or "value". length: logical tokens.
+    """
+    settings = MiniKVConfig.from_json(config)
+    dim = dense.shape[-1]
+    in_dense = length - state[:, OFFSET]
+    tokens = ((in_dense - settings.sinks - settings.window) // BLOCK).clamp(0, blocks) * BLOCK
+    group, axis = grouping(settings, role, dim)
+    pack_tokens(
+        dense, None, settings.sinks, tokens, blocks, settings.bits, group, axis, role,
+        rotation_matrix(settings.rotation, dim, dense.device), out=(codes, scale, zero),
+        first_block=state[:, IN_TIER] // BLOCK,
+    )  # fmt: skip
+    slot = torch.arange(dense.shape[2], device=dense.device)
+    moved = (slot >= settings.sinks) & (slot < settings.sinks + tokens[:, None])
+    state[:, NOT_FINITE] += _not_finite(dense, moved)
+    source = torch.where(slot < settings.sinks, slot, slot + tokens[:, None]).clamp(max=dense.shape[2] - 1)
+    dense.copy_(take_tokens(dense, source))
+    state[:, OFFSET] += tokens
+    state[:, IN_TIER] += tokens
+
+
+@flush.register_fake
+def _(codes, scale, zero, dense, state, length, blocks, role, config):
+    return None

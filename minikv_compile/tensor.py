@@ -1,0 +1,420 @@
+"""`KVTensor`: the compressed keys or values of one layer, in the slot where the model keeps the dense ones."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+
+import torch
+from torch import Tensor
+
+from . import compat, ops
+from .config import MiniKVConfig
+from .kernels.attention import append
+from .kernels.packing import BLOCK
+from .ops import IN_TIER, NOT_FINITE, OFFSET, dense_capacity, grouping
+from .packed import DenseOnUse, PackedInt
+from .rotation import rotation_matrix
+
+aten = torch.ops.aten
+SEQ = 2  # dimension of tokens, and of blocks
+
+
+class Occupancy:
+    """What the host knows of a storage without reading the device, shared by all tensors that look into it."""
+
+    def __init__(self, offset: int, blocks: int, ragged: bool):
+        self.offset = offset  # the smallest of any row: `length - offset` bounds the tokens in the dense region
+        self.blocks = blocks  # bounds the blocks in use in the tier
+        self.ragged = ragged  # rows differ: the bounds hold, the exact numbers are on the device
+        self.not_finite = 0  # tokens with NaN or inf that were reported
+        self._tensors: list[weakref.ref[KVTensor]] = []
+
+    @classmethod
+    def read(cls, state: list[list[int]]) -> Occupancy:
+        """From the rows of a state."""
+        offsets = [row[OFFSET] for row in state]
+        return cls(min(offsets), max(row[IN_TIER] for row in state) // BLOCK, min(offsets) != max(offsets))
+
+    def copy(self) -> Occupancy:
+        return Occupancy(self.offset, self.blocks, self.ragged)
+
+    def add(self, tensor: KVTensor) -> None:
+        self._tensors = [ref for ref in self._tensors if ref() is not None]
+        self._tensors.append(weakref.ref(tensor))
+
+    @property
+    def shared(self) -> bool:
+        """Whether more than one living tensor looks into the storage."""
+        return sum(ref() is not None for ref in self._tensors) > 1
+
+
+class KVTensor(DenseOnUse):
+    """Keys or values, logically `[batch, kv_heads, length, head_dim]`, held compressed.
+
+    Tensors:
+        codes, scale, zero: the tier (`.tier`, a `PackedInt`), rotated; absent at 16 bits. Row b's first `state[b, 2]`
+            tokens are valid.
+        dense: `[batch, kv_heads, capacity, head_dim]`: sinks, window and buffer, in order, not rotated. Row b's first
+            `length - state[b, 0]` tokens are valid.
+        state: int32 `[batch, 3]`: see `ops.OFFSET`, `ops.NOT_FINITE`, `ops.IN_TIER`.
+        kept: uint8 `[batch, kv_heads, ceil(prompt / 8)]`, one bit per prompt token; absent if none was dropped and
+            none was padding.
+    Attributes:
+        config: `MiniKVConfig`. role: "key" or "value".
+
+    `torch.cat([kv, new], 2)` appends in place to the same storage and returns a longer tensor. Tensors that share a
+    storage see their own length of it; a write that another living one would see copies first. `clone`, `to`, indexing
+    and `repeat_interleave` along the batch keep the type; any other op runs on `dequantize()`.
+    """
+
+    tensor_data_names = ["dense", "state"]
+    optional_tensor_data_names = ["codes", "scale", "zero", "kept"]
+    tensor_attribute_names = ["config", "role"]
+
+    def __new__(cls, tensors, config, role, length, occupancy=None):
+        batch, heads, _, dim = tensors["dense"].shape
+        shape, dense = (batch, heads, length, dim), tensors["dense"]
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dense.dtype, device=dense.device)
+
+    def __init__(
+        self, tensors: dict[str, Tensor], config: MiniKVConfig, role: str, length: int,
+        occupancy: Occupancy | None = None,
+    ):  # fmt: skip
+        """`occupancy` None: the storage is this tensor's own; its bounds are read from the state when first needed."""
+        super().__init__()
+        for name in self.tensor_data_names + self.optional_tensor_data_names:
+            setattr(self, name, tensors.get(name))
+        self.config, self.role = config, role
+        self._occupancy = occupancy
+        if occupancy is not None:
+            occupancy.add(self)
+
+    # ---- what torch.compile and torch.save see
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors held, by name."""
+        names = self.tensor_data_names + self.optional_tensor_data_names
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def __tensor_flatten__(self):
+        # The context is a guard: it holds constants only. The length is the outer size.
+        return list(self.tensors()), {"config": self.config, "role": self.role}
+
+    @classmethod
+    def __tensor_unflatten__(cls, tensors, context, outer_size, outer_stride):
+        return cls(tensors, context["config"], context["role"], outer_size[SEQ])
+
+    def __reduce_ex__(self, protocol):
+        return _rebuild, (self.tensors(), self.config.to_json(), self.role, self.shape[SEQ])
+
+    def __deepcopy__(self, memo):
+        memo[id(self)] = copied = self.clone()
+        return copied
+
+    def _with(self, tensors: dict[str, Tensor], occupancy: Occupancy | None = None) -> KVTensor:
+        return KVTensor(tensors, self.config, self.role, self.shape[SEQ], occupancy)
+
+    def _apply_fn_to_data(self, fn) -> KVTensor:
+        """A tensor with a storage of its own: `fn` of every tensor held."""
+        own = self._occupancy and self._occupancy.copy()
+        return self._with({name: fn(t) for name, t in self.tensors().items()}, own)
+
+    def mark_dynamic(self) -> KVTensor:
+        """Tell Dynamo which sizes change from call to call, so that none is specialised."""
+        compat.mark_dynamic(self, SEQ)
+        for name, tensor in self.tensors().items():
+            if name != "state":
+                compat.mark_dynamic(tensor, SEQ)
+        return self
+
+    # ---- what is stored
+
+    @property
+    def occupancy(self) -> Occupancy:
+        if self._occupancy is None:
+            state = self.state.tolist()
+            blocks = max(row[IN_TIER] for row in state) // BLOCK
+            ragged = len({row[OFFSET] for row in state}) > 1
+            self._occupancy = Occupancy(min(row[OFFSET] for row in state), blocks, ragged)
+            self._occupancy.add(self)
+        return self._occupancy
+
+    @property
+    def tier(self) -> PackedInt | None:
+        """The quantized tokens, rotated as stored; None at 16 bits."""
+        if self.codes is None:
+            return None
+        group, axis = grouping(self.config, self.role, self.shape[-1])
+        return PackedInt(self.codes, self.scale, self.zero, self.config.bits, group, axis, self.role, self.dtype)
+
+    @property
+    def nbytes_held(self) -> int:
+        """Bytes of the real storages: codes, metadata, dense region, counters and bit mask."""
+        return sum(t.untyped_storage().nbytes() for t in self.tensors().values())
+
+    def kept_mask(self) -> Tensor:
+        """bool [batch, kv_heads, length]: which logical tokens are stored. The others were padding or dropped."""
+        batch, heads, length, _ = self.shape
+        if self.kept is None:
+            return torch.ones(batch, heads, length, dtype=torch.bool, device=self.device)
+        bits = self.kept[..., None] >> torch.arange(8, dtype=torch.uint8, device=self.device) & 1
+        prompt = bits.flatten(2).bool()
+        # Tokens after the prompt are all stored; where they start follows from how many are.
+        stored = self.state[:, IN_TIER] + length - self.state[:, OFFSET]
+        generated = stored[:, None] - prompt.sum(-1)
+        position = torch.arange(length, device=self.device)
+        mask = position >= (length - generated)[..., None]
+        mask[..., : prompt.shape[-1]] |= prompt[..., :length]
+        return mask
+
+    def dequantize(self) -> Tensor:
+        """The dense tensor; zeros for what is not stored."""
+        batch, heads, length, dim = self.shape
+        sinks, capacity = self.config.sinks, self.dense.shape[SEQ]
+        in_tier = self.state[:, IN_TIER, None]
+        # Token j of a row: sinks first, then the tier, then the rest of the dense region.
+        token = torch.arange(length, device=self.device).expand(batch, -1)
+        inside = (token >= sinks) & (token < sinks + in_tier)
+        slot = torch.where(inside | (token < sinks), token, token - in_tier).clamp(max=capacity - 1)
+        values = ops.take_tokens(self.dense, slot)
+        if self.tier is not None:
+            packed = self.tier.dequantize()
+            rotation = rotation_matrix(self.config.rotation, dim, self.device)
+            if rotation is not None:
+                packed = (packed.float() @ rotation.T).to(self.dtype)
+            slot = (token - sinks).clamp(0, packed.shape[SEQ] - 1)
+            values = torch.where(inside[:, None, :, None], ops.take_tokens(packed, slot), values)
+        if self.kept is None:
+            return values
+        kept = self.kept_mask()
+        source = (kept.cumsum(-1) - 1).clamp(min=0)
+        return ops.take_tokens(values, source).masked_fill(~kept[..., None], 0)
+
+    def as_operand(self, func) -> Tensor:
+        if compat.is_fake(self.dense):
+            return self.dense.new_empty(self.shape)
+        if self.config.drops and self.kept is not None:
+            raise RuntimeError(
+                f"{func} on a compressed cache that has dropped tokens would take them for zeros. Run the model that "
+                "made the cache through the minikv backend, or call .dequantize() if zeros are what you want."
+            )
+        return self.dequantize()
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        held = "?" if compat.is_fake(self.dense) else f"{self.nbytes_held:,} bytes"
+        return (
+            f"KVTensor({self.role}, shape={list(self.shape)}, dtype={self.dtype}, device={self.device}, "
+            f"bits={self.config.bits}, {held})"
+        )
+
+    # ---- growth
+
+    def reserve(self, n: int) -> KVTensor:
+        """A tensor with the same contents and room for `n` more tokens in its dense region: this one, if it can be.
+
+        Flushes whole blocks into the tier, grows tier or dense region in steps, and copies the storage first if
+        another living tensor looks into it.
+        """
+        if self.shape[SEQ] + n - self.occupancy.offset <= self.dense.shape[SEQ] and not self.occupancy.shared:
+            return self
+        with compat.outside_inference_mode():
+            kv = self
+            if self.occupancy.shared:
+                kv = self.clone()
+            used = kv.shape[SEQ] + n - kv.occupancy.offset
+            if used > kv.dense.shape[SEQ]:
+                kv._flush()
+                used = kv.shape[SEQ] + n - kv.occupancy.offset
+            if used > kv.dense.shape[SEQ]:
+                kv._resize_dense(dense_capacity(kv.config, used, kv.occupancy.ragged))
+            return kv
+
+    def _flush(self) -> None:
+        """Quantize what is older than the window, in whole blocks, in place."""
+        config, occupancy = self.config, self.occupancy
+        used = self.shape[SEQ] - occupancy.offset
+        newest = config.sinks + config.window
+        blocks = (used - newest) // BLOCK
+        if config.bits == 16 or blocks <= 0:
+            return
+        if occupancy.blocks + blocks > self.codes.shape[SEQ]:
+            capacity = occupancy.blocks + max(blocks, occupancy.blocks // 16)
+            for name in ("codes", "scale", "zero"):
+                setattr(self, name, _resized(getattr(self, name), capacity))
+        torch.ops.minikv.flush(
+            self.codes, self.scale, self.zero, self.dense, self.state, self.shape[SEQ], blocks, self.role,
+            config.to_json(),
+        )  # fmt: skip
+        occupancy.blocks += blocks
+        # Rows that differ keep up to a block less one beyond the window, each its own number.
+        left = newest + BLOCK - 1 if occupancy.ragged else used - blocks * BLOCK
+        occupancy.offset = self.shape[SEQ] - left
+
+    def _resize_dense(self, capacity: int) -> None:
+        self.dense = _resized(self.dense, capacity)
+
+    def longer(self, n: int) -> KVTensor:
+        """This tensor after `n` tokens were written behind its last, in the same storage."""
+        new = KVTensor(self.tensors(), self.config, self.role, self.shape[SEQ] + n, self.occupancy)
+        nominal = dense_capacity(self.config, 0, self.occupancy.ragged)
+        if n > 1 and self.config.bits < 16 and self.dense.shape[SEQ] > nominal:
+            with compat.outside_inference_mode():
+                new._flush()
+                if new.shape[SEQ] - new.occupancy.offset < nominal:
+                    new._resize_dense(nominal)
+        return new.mark_dynamic()
+
+    def append(self, new: Tensor) -> KVTensor:
+        """`torch.cat([self, new], 2)`."""
+        self.check_new(new)
+        length = self.shape[SEQ] + new.shape[SEQ]
+        if compat.is_fake(self.dense):
+            return KVTensor(self.tensors(), self.config, self.role, length)
+        kv = self.reserve(new.shape[SEQ])
+        with compat.outside_inference_mode():
+            append(kv.dense, new, kv.state, length)
+        return kv.longer(new.shape[SEQ])
+
+    def check_new(self, new: Tensor) -> None:
+        """Raise ValueError unless `new` can follow these tokens."""
+        mine = (self.shape[0], self.shape[1], self.shape[3])
+        if (new.shape[0], new.shape[1], new.shape[3]) != mine:
+            raise ValueError(
+                f"New {self.role}s {list(new.shape)} do not fit the compressed cache {list(self.shape)} (batch, "
+                "kv_heads, seq, head_dim): use a cache for the batch it was made with, or select its rows first."
+            )
+        if new.dtype != self.dtype or new.device != self.device:
+            raise ValueError(
+                f"New {self.role}s are {new.dtype} on {new.device}, the compressed cache is {self.dtype} on "
+                f"{self.device}: move the cache with .to(...) or start a new one."
+            )
+
+    def crop(self, length: int) -> KVTensor:
+        """The first `length` tokens, in the same storage: a rollback, exact while no quantized token is given up.
+
+        Raises:
+            ValueError: the rollback reaches further back than the unquantized window.
+        """
+        removed, config = self.shape[SEQ] - length, self.config
+        # Every row's newest `window` tokens are dense; in rows of one length all of the dense region is known.
+        known = 0 if self.occupancy.ragged else self.shape[SEQ] - self.occupancy.offset - config.sinks
+        if removed > max(config.window, known):
+            raise ValueError(
+                f"Cannot roll back {removed} tokens of a compressed cache: only the newest {max(config.window, known)} "
+                "are unquantized. Raise MiniKVConfig.window, or keep a deepcopy of the cache from before."
+            )
+        return KVTensor(self.tensors(), config, self.role, length, self.occupancy).mark_dynamic()
+
+
+def wrap_prompt(parts: list[tuple[dict[str, Tensor], str, int]], config: MiniKVConfig) -> list[KVTensor]:
+    """`KVTensor`s of what `ops.compress_prompt` made: (tensors, role, length) each. Reads the device once."""
+    states = torch.stack([tensors["state"].to(parts[0][0]["state"].device) for tensors, _, _ in parts]).tolist()
+    wrapped = [
+        KVTensor(tensors, config, role, length, Occupancy.read(state)).mark_dynamic()
+        for (tensors, role, length), state in zip(parts, states, strict=True)
+    ]
+    report_not_finite(wrapped, states)
+    return wrapped
+
+
+def report_not_finite(tensors: list[KVTensor], states: list[list[list[int]]] | None = None) -> None:
+    """Warn of keys and values that hold NaN or inf, once per token; raise if the configuration is strict."""
+    found = []
+    for i, kv in enumerate(tensors):
+        count = sum(row[NOT_FINITE] for row in (kv.state.tolist() if states is None else states[i]))
+        if count > kv.occupancy.not_finite:
+            found.append(f"{count - kv.occupancy.not_finite} tokens in the {kv.role}s of cache tensor {i // 2}")
+            kv.occupancy.not_finite = count
+    if not found:
+        return
+    message = (
+        f"NaN or inf in {', '.join(found)}: those values are stored as the nearest code of their group, the other "
+        "tokens are not affected. Check the model's dtype and weights."
+    )
+    if tensors[0].config.strict:
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=2)
+
+
+def _resized(x: Tensor, size: int) -> Tensor:
+    """`x` with `size` entries along `SEQ`: one tensor at a time, so that no two copies of a cache ever exist."""
+    new = x.new_empty(*x.shape[:SEQ], size, *x.shape[SEQ + 1 :])
+    shared = min(size, x.shape[SEQ])
+    new[:, :, :shared] = x[:, :, :shared]
+    return new
+
+
+def _rebuild(tensors: dict[str, Tensor], config: str, role: str, length: int) -> KVTensor:
+    return KVTensor(tensors, MiniKVConfig.from_json(config), role, length).mark_dynamic()
+
+
+torch.serialization.add_safe_globals([_rebuild])
+
+
+# ---- rules of __torch_dispatch__; NotImplemented falls back to dequantize()
+
+
+def _batch_rule(func, kv: KVTensor, *args) -> KVTensor:
+    """Apply `func(tensor, *args)`, which selects or repeats rows, to every tensor held."""
+    selected = kv._apply_fn_to_data(lambda t: func(t, *args))
+    return KVTensor(selected.tensors(), kv.config, kv.role, kv.shape[SEQ], selected._occupancy).mark_dynamic()
+
+
+@KVTensor.implements(aten.cat.default)
+def _(func, types, args, kwargs):
+    tensors, dim = args[0], args[1] if len(args) > 1 else 0
+    first, *rest = tensors
+    if not isinstance(first, KVTensor) or dim % 4 != SEQ or any(isinstance(t, KVTensor) for t in rest):
+        return NotImplemented
+    for new in rest:
+        first = first.append(new)
+    return first
+
+
+@KVTensor.implements([aten.detach.default, aten.alias.default])
+def _(func, types, args, kwargs):
+    return KVTensor(args[0].tensors(), args[0].config, args[0].role, args[0].shape[SEQ], args[0]._occupancy)
+
+
+@KVTensor.implements(aten.clone.default)
+def _(func, types, args, kwargs):
+    with compat.outside_inference_mode():
+        return args[0]._apply_fn_to_data(torch.clone).mark_dynamic()
+
+
+@KVTensor.implements(aten._to_copy.default)
+def _(func, types, args, kwargs):
+    kv, dtype, device = args[0], kwargs.get("dtype"), kwargs.get("device")
+    if dtype not in (None, kv.dtype):
+        return NotImplemented
+    with compat.outside_inference_mode():
+        return kv._apply_fn_to_data(lambda t: t.to(device, copy=True)).mark_dynamic()
+
+
+@KVTensor.implements(aten.index_select.default)
+def _(func, types, args, kwargs):
+    kv, dim, index = args
+    return _batch_rule(func, kv, 0, index) if dim == 0 else NotImplemented
+
+
+@KVTensor.implements(aten.index.Tensor)
+def _(func, types, args, kwargs):
+    kv, indices = args
+    return _batch_rule(func, kv, indices[:1]) if len(indices) == 1 or not any(
+        i is not None for i in indices[1:]
+    ) else NotImplemented  # fmt: skip
+
+
+@KVTensor.implements(aten.slice.Tensor)
+def _(func, types, args, kwargs):
+    kv, dim, start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+    size = kv.shape[dim]
+    if compat.is_fake(kv.dense) or step != 1:
+        return NotImplemented
+    start, end, _ = slice(start, end).indices(size)
+    if (start, end) == (0, size):
+        return aten.alias.default(kv)
+    if dim == 0:
+        return _batch_rule(lambda t: t[start:end].clone(), kv)
+    return kv.crop(end) if dim == SEQ and start == 0 else NotImplemented

@@ -1,0 +1,1 @@
+"""FX passes: find attention sites, recognise their cache idiom, rewrite, desugar."""

@@ -1,0 +1,118 @@
+"""The boundary: the compiled graph sees plain tensors, its caller `KVTensor`s."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .. import compat
+from ..config import MiniKVConfig
+from ..tensor import SEQ, KVTensor, report_not_finite, wrap_prompt
+from .graph import example, same
+from .rewrite import Longer, Made, RewriteError, Rewritten
+
+Getter = Callable[[Sequence[Any]], Any]
+
+
+def desugar(
+    rewritten: Rewritten, originals: Sequence[Node], example_inputs: Sequence[Any], config: MiniKVConfig
+) -> tuple[list[Any], Boundary]:
+    """Drop the `KVTensor` placeholders of a rewritten graph.
+
+    Returns:
+        example inputs of the graph's new placeholders, and the boundary that calls what is compiled from it.
+    """
+    graph = rewritten.module.graph
+    position = {node: i for i, node in enumerate(originals)}
+    for node in originals:
+        if isinstance(example(node), KVTensor):
+            graph.erase_node(node)
+    rewritten.module.recompile()
+    getters, inputs = [], []
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            continue
+        if node in rewritten.fields:
+            kv, name = rewritten.fields[node]
+            getters.append(_field(position[kv], name))
+            inputs.append(example(node))
+        else:
+            getters.append(_argument(position[node]))
+            inputs.append(example_inputs[position[node]])
+    growth = {out.past: _size(out.n, originals) for out in rewritten.outputs if isinstance(out, Longer)}
+    lengths = {out: _size(out.length, originals) for out in rewritten.outputs if isinstance(out, Made)}
+    return inputs, Boundary(config, getters, growth, lengths, rewritten.outputs)
+
+
+def _argument(i: int) -> Getter:
+    return lambda args: args[i]
+
+
+def _field(i: int, name: str) -> Getter:
+    if name == "length":
+        return lambda args: args[i].shape[SEQ]
+    return lambda args: getattr(args[i], name)
+
+
+def _size(n: Any, originals: Sequence[Node]) -> Getter:
+    """How to read the size `n` off the arguments of a call."""
+    if isinstance(n, int):
+        return lambda args: n
+    for i, node in enumerate(originals):
+        value = example(node)
+        if isinstance(value, torch.SymInt) and same(value, n):
+            return _argument(i)
+        if isinstance(value, Tensor) and not isinstance(value, KVTensor):
+            for dim, size in enumerate(value.shape):
+                if same(size, n):
+                    return lambda args, i=i, dim=dim: args[i].shape[dim]
+    raise RewriteError(f"The number of new tokens, {n}, is no size of an input of the graph.")
+
+
+class Boundary:
+    """Calls a compiled graph with the tensors inside `KVTensor`s, and wraps what comes back."""
+
+    def __init__(
+        self, config: MiniKVConfig, getters: list[Getter], growth: dict[int, Getter], lengths: dict[Made, Getter],
+        outputs: list[Node | Made | Longer],
+    ):  # fmt: skip
+        self.config, self.getters, self.growth, self.lengths, self.outputs = config, getters, growth, lengths, outputs
+        self.compiled: Callable | None = None
+
+    def __call__(self, *args: Any) -> list[Any]:
+        with compat.outside_inference_mode():
+            if self.growth:
+                args = self._reserve(list(args))
+            flat = list(self.compiled(*[get(args) for get in self.getters]))
+            return self._wrap(args, flat)
+
+    def _reserve(self, args: list[Any]) -> list[Any]:
+        """Make room for the new tokens: outside of the graph, so that it sees only storages that fit."""
+        flushed = []
+        for i, n in self.growth.items():
+            blocks = args[i].occupancy.blocks
+            args[i] = args[i].reserve(n(args))
+            if args[i].occupancy.blocks != blocks:
+                flushed.append(args[i])
+        if flushed:
+            report_not_finite(flushed)
+        return args
+
+    def _wrap(self, args: Sequence[Any], flat: list[Any]) -> list[Any]:
+        results, made, tensors = [], [], iter(flat)
+        for out in self.outputs:
+            if isinstance(out, Longer):
+                results.append(args[out.past].longer(self.growth[out.past](args)))
+            elif isinstance(out, Made):
+                made.append(({name: next(tensors) for name in out.names}, out.role, self.lengths[out](args)))
+                results.append(None)
+            else:
+                results.append(next(tensors))
+        if made:
+            wrapped = iter(wrap_prompt(made, self.config))
+            results = [next(wrapped) if isinstance(out, Made) else r for out, r in zip(self.outputs, results, strict=True)]
+        return results

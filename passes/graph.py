@@ -1,0 +1,72 @@
+"""Reading Dynamo's FX graphs: shapes, arguments, dead nodes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+
+def example(node: Any) -> Any:
+    """The fake value that Dynamo propagated to `node`, or the constant itself."""
+    return node.meta.get("example_value", node.meta.get("val")) if isinstance(node, Node) else node
+
+
+def shape(node: Node) -> tuple:
+    """Sizes of a tensor node; () for anything else."""
+    value = example(node)
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal for every input, without adding a guard."""
+    a, b = (x.node.expr if isinstance(x, torch.SymInt) else x for x in (a, b))
+    return bool(a == b)
+
+
+def is_call(node: Any, *names: str) -> bool:
+    """Whether `node` calls one of these: "reshape" is `x.reshape(...)`, `torch.reshape(x, ...)` and aten's overloads."""
+    if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
+        return False
+    return callee(node) in names
+
+
+def callee(node: Node) -> str:
+    """The plain name of what a call node calls: "and_" and "le" for operators too."""
+    if isinstance(node.target, str):
+        return node.target
+    name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
+    return name.split(".")[0]
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, however it was passed."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def is_getitem(node: Any) -> bool:
+    return isinstance(node, Node) and node.op == "call_function" and node.target is operator.getitem
+
+
+PURE = {
+    "getitem", "arange", "add", "sub", "mul", "le", "lt", "ge", "gt", "and_", "logical_and", "bitwise_and", "new_ones",
+    "ones", "to", "bool", "expand", "view", "reshape", "unsqueeze", "contiguous", "cat", "tensor", "repeat_interleave",
+    "scaled_dot_product_attention", "transpose", "detach", "size", "full", "type_as",
+}  # fmt: skip
+"""Calls without a side effect that the passes know. Nothing else is ever erased: Dynamo's graphs hold in-place methods
+that `Graph.eliminate_dead_code` takes for pure."""
+
+
+def erase_dead(graph: Graph, roots: Iterable[Node]) -> None:
+    """Erase `roots` and what only they used, as far as it is proved dead."""
+    pending = [node for node in roots if isinstance(node, Node)]
+    while pending:
+        node = pending.pop()
+        if node._erased or node.users or node.op == "placeholder" or not is_call(node, *PURE):
+            continue
+        pending.extend(node.all_input_nodes)
+        graph.erase_node(node)

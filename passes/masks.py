@@ -1,0 +1,176 @@
+"""What an attention mask in the graph says: causal, padding, sliding window, or unknown.
+
+The mask is read as a predicate over (batch, query, key) from the operations that build it. transformers builds it from
+`arange` grids by broadcasting; a mask that is proved to be "causal and padding" is replaced by the padding alone, so
+that no [seq, seq] tensor is ever made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .graph import argument, callee, example, is_call, is_getitem, same, shape
+
+KEY, QUERY, BATCH = -1, -2, -4  # dimensions of a [batch, heads, query, key] mask, from the right
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An integer tensor: its index along one dimension (from the right; None for a constant) plus an offset."""
+
+    dim: int | None
+    offset: Any
+
+
+@dataclass(frozen=True)
+class Predicate:
+    """A conjunction over (batch, query, key)."""
+
+    causal: tuple = ()
+    """Offsets c of `key <= query + c`."""
+    sliding: tuple = ()
+    """Offsets c of `key > query + c`."""
+    padding: tuple[Node, ...] = field(default=())
+    """Nodes of [batch, key], true where a key is no padding."""
+
+    def __and__(self, other: Predicate) -> Predicate:
+        return Predicate(
+            self.causal + other.causal, self.sliding + other.sliding, tuple(dict.fromkeys(self.padding + other.padding))
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A [batch, key] tensor that the graph did not compute from grids: padding, once it is broadcast over queries."""
+
+    node: Node
+
+
+VIEWS = ("expand", "view", "reshape", "unsqueeze", "contiguous")
+CASTS = ("to", "bool", "contiguous", "type_as", "detach")
+
+
+def read_mask(node: Node) -> Predicate | None:
+    """The predicate of a boolean mask node, or None if it is not understood."""
+    value = _read(node, {})
+    if isinstance(value, Rows):
+        return None
+    return value if isinstance(value, Predicate) else None
+
+
+def _read(node: Any, seen: dict[Node, Any]) -> Grid | Predicate | Rows | None:
+    if isinstance(node, (int, torch.SymInt)) and not isinstance(node, bool):
+        return Grid(None, node)
+    if not isinstance(node, Node):
+        return None
+    if node not in seen:
+        seen[node] = None
+        seen[node] = _read_call(node, seen)
+    return seen[node]
+
+
+def _read_call(node: Node, seen: dict) -> Grid | Predicate | Rows | None:
+    if isinstance(example(node), (int, torch.SymInt)):
+        return Grid(None, example(node))
+    name = callee(node) if node.op in ("call_function", "call_method") else ""
+    if name == "arange":
+        return _arange(node)
+    if name in ("new_ones", "ones") and example(node).dtype == torch.bool:
+        return Predicate()
+    if name in ("add", "sub", "le", "lt", "ge", "gt"):
+        left, right = (_read(a, seen) for a in node.args[:2])
+        if isinstance(left, Grid) and isinstance(right, Grid):
+            return _shift(name, left, right) if name in ("add", "sub") else _compare(name, left, right)
+    elif name in ("and_", "logical_and", "bitwise_and"):
+        left, right = (_read(a, seen) for a in node.args[:2])
+        if isinstance(left, Predicate) and isinstance(right, Predicate):
+            return left & right
+    elif is_getitem(node) and isinstance(node.args[1], tuple) and _is_gather(node.args[1]):
+        return _gather(node, seen)
+    elif name in CASTS or name in VIEWS or is_getitem(node):
+        return _view(node, _read(node.args[0], seen))
+    if len(shape(node)) == 2:
+        return Rows(node)
+    return None
+
+
+def _arange(node: Node) -> Grid | None:
+    ends = [a for a in node.args if isinstance(example(a), (int, torch.SymInt))]
+    if len(ends) > 2 or argument(node, 2, "step", 1) != 1:
+        return None
+    start = example(ends[0]) if len(ends) == 2 else example(node.kwargs.get("start", 0))
+    return Grid(-1, start)
+
+
+def _shift(name: str, left: Grid, right: Grid) -> Grid | None:
+    if right.dim is not None and (name == "sub" or left.dim is not None):
+        return None
+    offset = left.offset + right.offset if name == "add" else left.offset - right.offset
+    return Grid(left.dim if right.dim is None else right.dim, offset)
+
+
+def _compare(name: str, left: Grid, right: Grid) -> Predicate | None:
+    """`left name right` as a bound on the key."""
+    if left.dim != KEY:
+        left, right = right, left
+        name = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt"}[name]
+    if left.dim != KEY or right.dim not in (QUERY, None):
+        return None
+    offset = right.offset - left.offset
+    if name in ("le", "lt"):
+        return Predicate(causal=(offset if name == "le" else offset - 1,))
+    return Predicate(sliding=(offset if name == "gt" else offset - 1,))
+
+
+def _is_gather(index: tuple) -> bool:
+    return len(index) == 2 and all(isinstance(i, Node) for i in index)
+
+
+def _gather(node: Node, seen: dict) -> Predicate | None:
+    """`rows[batch_grid, key_grid]`."""
+    source, (batch, key) = node.args[0], node.args[1]
+    batch, key, rows = _read(batch, seen), _read(key, seen), _read(source, seen)
+    plain = Grid(BATCH, 0), Grid(KEY, 0)
+    if isinstance(rows, Rows) and batch in (plain[0], Grid(None, 0)) and key == plain[1]:
+        return Predicate(padding=(rows.node,))
+    return None
+
+
+def _view(node: Node, value: Grid | Predicate | Rows | None) -> Grid | Predicate | Rows | None:
+    """A view, a broadcast or a cast of `value`."""
+    before, after = shape(node.args[0]), shape(node)
+    if isinstance(value, Grid) and value.dim is not None:
+        wide = [i - len(after) for i, size in enumerate(after) if not same(size, 1)]
+        size = before[value.dim]
+        if same(size, 1):
+            return Grid(None, value.offset) if not wide else None
+        return Grid(wide[0], value.offset) if len(wide) == 1 and same(after[wide[0]], size) else None
+    if isinstance(value, Grid):
+        return value
+    if isinstance(value, Predicate):
+        # Broadcasts and casts keep a predicate; a slice would not.
+        ok = len(before) == len(after) == 4 and all(same(a, b) or same(b, 1) for a, b in zip(after, before, strict=True))
+        return value if ok or not before else None
+    if isinstance(value, Rows):
+        if len(after) == 2 and all(same(a, b) for a, b in zip(after, before, strict=True)):
+            return Rows(node)
+        rows = shape(value.node)
+        if len(after) == 4 and same(after[0], rows[0]) and same(after[1], 1) and same(after[3], rows[1]):
+            return Predicate(padding=(value.node,))
+    return None
+
+
+def reduces_to_padding(predicate: Predicate, queries: Any, keys: Any) -> bool:
+    """Whether the predicate is exactly "causal and padding" for the newest `queries` of `keys` tokens."""
+    if predicate.sliding or len(predicate.padding) > 1:
+        return False
+    causal = [offset for offset in predicate.causal if not same(offset, keys - queries)]
+    return not causal and (bool(predicate.causal) or same(queries, 1))
+
+
+def is_padding_source(node: Node) -> bool:
+    return is_call(node, *CASTS) or node.op == "placeholder"

@@ -1,0 +1,332 @@
+"""The pass: rewrite every attention site that it can, and say why of the others."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from .. import compat, ops
+from ..config import MiniKVConfig
+from ..ops import ROLES
+from ..tensor import SEQ, KVTensor
+from . import functional
+from .graph import argument, callee, erase_dead, example, is_call, same, shape
+from .masks import read_mask, reduces_to_padding
+from .sites import NotTaken, Site, outputs, read_site, sites_in
+
+log = logging.getLogger("minikv")
+minikv = torch.ops.minikv
+
+
+class RewriteError(RuntimeError):
+    """A graph that must not run as it is: the message says which site, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What became of one attention site."""
+
+    layer: int
+    where: str
+    kind: str
+    """ "prefill", "decode", "extend" (several tokens on a compressed past), or "" if it was not taken."""
+    idiom: str
+    reason: str
+    """Why it was left alone; "" if it was rewritten."""
+
+    @property
+    def rewritten(self) -> bool:
+        return not self.reason
+
+
+@dataclass(frozen=True)
+class Made:
+    """An output that a prefill compresses: tensors of a new `KVTensor`."""
+
+    role: str
+    names: tuple[str, ...]
+    nodes: tuple[Node, ...]
+    length: Any
+
+
+@dataclass(frozen=True)
+class Longer:
+    """An output that is the compressed input number `past`, `n` tokens longer."""
+
+    past: int
+    n: Any
+
+
+@dataclass
+class Rewritten:
+    """A rewritten copy of Dynamo's graph; its placeholders still take `KVTensor`s (see `desugar`)."""
+
+    module: GraphModule
+    outputs: list[Node | Made | Longer]
+    sites: list[SiteReport] = field(default_factory=list)
+    fields: dict[Node, tuple[Node, str]] = field(default_factory=dict)
+    """Placeholders made by the pass: of which `KVTensor` placeholder they hold which tensor, or "length"."""
+
+    @property
+    def outputs_changed(self) -> bool:
+        """Whether the graph still returns what Dynamo expects by itself."""
+        return bool(self.fields) or not all(isinstance(out, Node) or out is None for out in self.outputs)
+
+
+class Rewriter:
+    """Rewrites a copy of one Dynamo graph. Dynamo reads its own graph again later, so that one is never edited."""
+
+    def __init__(self, module: GraphModule, config: MiniKVConfig):
+        self.config = config
+        self.module = copy_module(module)
+        self.graph = self.module.graph
+        self.originals = [node for node in self.graph.nodes if node.op == "placeholder"]
+        self.result = Rewritten(self.module, outputs(self.graph))
+        self.kept = {node for node in self.result.outputs if isinstance(node, Node)}
+        self._fields: dict[tuple[Node, str], Node] = {}
+        self._valid: dict[Node, Node] = {}
+
+    def run(self) -> Rewritten:
+        self._lower_sizes()
+        calls = sites_in(self.graph)
+        self.layers = len(calls)
+        self._check_configuration()
+        skipped = {layer % self.layers for layer in self.config.skip_layers if -self.layers <= layer < self.layers}
+        for layer, call in enumerate(calls):
+            where, kind, reason = call.name, "", ""
+            try:
+                site = read_site(call, layer)
+                where = site.where
+                if layer in skipped:
+                    raise NotTaken("listed in skip_layers")
+                kind = self._rewrite(site)
+            except NotTaken as untaken:
+                reason = str(untaken)
+            self.result.sites.append(SiteReport(layer, where, kind, functional.NAME if kind else "", reason))
+        self._densify_rest()
+        output = self.graph.output_node()
+        output.args = (tuple(self._flat_outputs()),)
+        self.graph.lint()
+        self.module.recompile()
+        return self.result
+
+    # ---- one site
+
+    def _rewrite(self, site: Site) -> str:
+        key, value = (functional.read_slot(node, self.kept) for node in (site.key, site.value))
+        if (key.past is None) != (value.past is None):
+            raise NotTaken("only one of keys and values has a past")
+        new, tokens = shape(key.new)[SEQ], shape(site.key)[SEQ]
+        if not same(shape(site.query)[SEQ], new):
+            raise NotTaken(f"{shape(site.query)[SEQ]} queries for {new} new keys: cross-attention")
+        valid = self._padding(site, new, tokens)
+        if key.past is None:
+            self._prefill(site, key, value, valid)
+            return "prefill"
+        if valid is not None and not same(new, 1):
+            raise NotTaken("several padded tokens on a compressed past: feed each row's tokens without padding")
+        self._decode(site, key, value)
+        return "decode" if same(new, 1) else "extend"
+
+    def _padding(self, site: Site, new: Any, tokens: Any) -> Node | None:
+        """The [batch, tokens] padding of a site whose attention is proved causal."""
+        if site.mask is None:
+            if not same(new, 1) and not (site.is_causal and same(new, tokens)):
+                raise NotTaken("not causal: every token sees every other")
+            if site.is_causal and not same(new, tokens):
+                raise NotTaken("is_causal with a past lets the new token see the oldest keys only")
+            return None
+        predicate = read_mask(site.mask)
+        if predicate is None:
+            raise NotTaken(f"its mask is not understood (built by {callee(site.mask) or site.mask.op})")
+        if predicate.sliding:
+            raise NotTaken("sliding window attention")
+        if not reduces_to_padding(predicate, new, tokens):
+            raise NotTaken("its mask is not causal")
+        if not predicate.padding:
+            return None
+        padding = predicate.padding[0]
+        if not same(shape(padding)[1], tokens):
+            raise NotTaken(f"its padding mask is for {shape(padding)[1]} tokens, not {tokens}")
+        return padding
+
+    def _prefill(self, site: Site, key: functional.Slot, value: functional.Slot, padding: Node | None) -> None:
+        scored = self.config.drops
+        valid = None if padding is None else self._as_bool(padding)
+        scores = None
+        if scored or valid is not None:
+            with self.graph.inserting_before(site.node):
+                args = (site.query, key.new, value.new, valid, site.scale, scored)
+                out, scores = self._call(minikv.prefill_attention.default, args, 2)
+            site.node.replace_all_uses_with(out)
+        with self.graph.inserting_after(site.node if scores is None else scores):
+            arguments = (
+                key.new, value.new, scores if scored else None, valid, site.layer, self.layers, self.config.to_json(),
+            )  # fmt: skip
+            names = ops.fields(self.config, valid is not None)
+            made = self._call(minikv.compress.default, arguments, 2 * len(names))
+        length = shape(key.stored)[SEQ]
+        for role, slot, nodes in zip(ROLES, (key, value), (made[: len(names)], made[len(names) :]), strict=True):
+            self._replace_output(slot.stored, Made(role, tuple(names), tuple(nodes), length))
+            if slot.stored is not slot.new:
+                empty = slot.stored
+                empty.replace_all_uses_with(slot.new)
+                erase_dead(self.graph, [empty])
+        if scores is not None:
+            erase_dead(self.graph, [site.node])
+
+    def _decode(self, site: Site, key: functional.Slot, value: functional.Slot) -> None:
+        tier = [name for name in ("codes", "scale", "zero") if self.config.bits < 16]
+        past = key.past, value.past
+        with self.graph.inserting_before(site.node):
+            k_tier, v_tier = ([self.field(kv, name) for name in tier] for kv in past)
+            k_dense, v_dense = (self.field(kv, "dense") for kv in past)
+            out = self.graph.call_function(
+                minikv.decode_attention.default,
+                (
+                    site.query, key.new, value.new, k_tier, v_tier, k_dense, v_dense, self.field(key.past, "state"),
+                    self.field(key.past, "length"), site.scale, self.config.to_json(),
+                ),
+            )  # fmt: skip
+        out.meta["example_value"] = example(site.node)
+        site.node.replace_all_uses_with(out)
+        for slot in (key, value):
+            self._replace_output(slot.stored, Longer(self.originals.index(slot.past), shape(slot.new)[SEQ]))
+        self._detach_output()
+        erase_dead(self.graph, [site.node])
+        for slot in (key, value):
+            if slot.past.users:
+                raise RewriteError(f"site {site.layer} ({site.where}): {slot.past} is still used after its rewrite")
+
+    # ---- pieces
+
+    def _call(self, op: Callable, args: tuple, results: int) -> list[Node]:
+        """A call that returns several tensors, and its items."""
+        call = self.graph.call_function(op, args)
+        with self.graph.inserting_after(call):
+            items = [self.graph.call_function(_item, (call, i)) for i in reversed(range(results))]
+        return items[::-1]
+
+    def _as_bool(self, padding: Node) -> Node:
+        if example(padding).dtype == torch.bool:
+            return padding
+        if padding not in self._valid:
+            with self.graph.inserting_after(padding):
+                self._valid[padding] = self.graph.call_method("bool", (padding,))
+        return self._valid[padding]
+
+    def field(self, kv: Node, name: str) -> Node:
+        """The placeholder of a tensor of the `KVTensor` placeholder `kv`, or of its "length"."""
+        if (kv, name) not in self._fields:
+            fake = example(kv)
+            value = fake.shape[SEQ] if name == "length" else getattr(fake, name)
+            if name == "length" and isinstance(value, int):
+                return value
+            with self.graph.inserting_before(self.originals[0]):
+                node = self.graph.placeholder(f"{kv.name}_{name}")
+            node.meta["example_value"] = value
+            node._dynamo_source = compat.field_source(kv._dynamo_source, name)
+            self._fields[kv, name] = node
+            self.result.fields[node] = (kv, name)
+        return self._fields[kv, name]
+
+    def _lower_sizes(self) -> None:
+        """Sizes that the graph reads off a `KVTensor` come from its length."""
+        for kv in self.originals:
+            if not isinstance(example(kv), KVTensor):
+                continue
+            for user in list(kv.users):
+                if not is_call(user, "numel", "size"):
+                    continue
+                if user.users:
+                    dims = range(4) if is_call(user, "numel") else (argument(user, 1, "dim"),)
+                    if None in dims:
+                        continue  # size() as a whole: the site will be reported
+                    with self.graph.inserting_before(user):
+                        sizes = [self.field(kv, "length") if d % 4 == SEQ else shape(kv)[d] for d in dims]
+                        total = sizes[0]
+                        for size in sizes[1:]:
+                            total = self.graph.call_function(operator.mul, (total, size))
+                    user.replace_all_uses_with(total)
+                self.graph.erase_node(user)
+
+    def _replace_output(self, stored: Node, by: Made | Longer) -> None:
+        self.result.outputs = [by if out is stored else out for out in self.result.outputs]
+
+    def _detach_output(self) -> None:
+        """Let the graph's output node use only what the result still returns."""
+        self.graph.output_node().args = (tuple(self._flat_outputs()),)
+
+    def _flat_outputs(self) -> list[Any]:
+        flat: list[Any] = []
+        for out in self.result.outputs:
+            if isinstance(out, Made):
+                flat += out.nodes
+            elif not isinstance(out, Longer):
+                flat.append(out)
+        return flat
+
+    def _check_configuration(self) -> None:
+        for node in self.originals:
+            kv = example(node)
+            if isinstance(kv, KVTensor) and kv.config != self.config:
+                raise RewriteError(
+                    f"{node.name}: this cache was made under another configuration ({kv.config.differences(self.config)}"
+                    " here). Use one backend for the life of a cache, or start a new cache."
+                )
+
+    def _densify_rest(self) -> None:
+        """A compressed past of a site that was not taken: the model's own attention reads it in full precision."""
+        for node in self.originals:
+            kv = example(node)
+            if not isinstance(kv, KVTensor) or not node.users:
+                continue
+            why = next((site.reason for site in self.result.sites if site.reason), "it is read outside of attention")
+            if self.config.drops:
+                raise RewriteError(
+                    f"{node.name}: a compressed cache that dropped tokens meets an attention that cannot be rewritten "
+                    f"({why}). Feed one token at a time, or use a preset that drops nothing."
+                )
+            log.warning("%s goes back to a dense cache: %s", node.name, why)
+            names = list(kv.tensors())
+            with self.graph.inserting_before(next(iter(node.users))):
+                tensors = [self.field(node, name) for name in names]
+                dense = self.graph.call_function(
+                    _dense, (self.config.to_json(), kv.role, names, self.field(node, "length"), tensors)
+                )
+            dense.meta["example_value"] = kv.dense.new_empty(kv.shape)
+            # Users in the graph's order: the dense tensor stands before the first.
+            first = min(node.users, key=list(self.graph.nodes).index)
+            first.prepend(dense)
+            node.replace_all_uses_with(dense)
+
+
+def _item(values: Sequence[Any], index: int) -> Any:
+    return values[index]
+
+
+def _dense(config: str, role: str, names: list[str], length: int, tensors: list[torch.Tensor]) -> torch.Tensor:
+    fields = dict(zip(names, tensors, strict=True))
+    return KVTensor(fields, MiniKVConfig.from_json(config), role, length).dequantize()
+
+
+def copy_module(module: GraphModule) -> GraphModule:
+    """A copy with everything that AOTAutograd reads off Dynamo's nodes."""
+    graph = torch.fx.Graph()
+    copies: dict[Node, Node] = {}
+    output = graph.graph_copy(module.graph, copies)
+    graph.output(output)
+    for old, new in copies.items():
+        new.meta = dict(old.meta)
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    copy = GraphModule(module, graph)
+    copy.meta = dict(module.meta)
+    compat.copy_module_attributes(module, copy)
+    return copy

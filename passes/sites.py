@@ -1,0 +1,110 @@
+"""Attention sites: scaled-dot-product-attention nodes and the slots of their keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from .graph import argument, example, is_call, is_getitem, same, shape
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class NotTaken(Exception):
+    """Why the pass leaves a site alone."""
+
+
+@dataclass
+class Site:
+    """One attention call. `key`/`value` are its operands before any repetition of KV heads."""
+
+    node: Node
+    layer: int
+    query: Node
+    key: Node
+    value: Node
+    mask: Node | None
+    is_causal: bool
+    scale: float
+
+    @property
+    def where(self) -> str:
+        """The module that makes the call, as its qualified name."""
+        stack = self.node.meta.get("nn_module_stack") or {}
+        names = [path for path, _ in stack.values()]
+        return clean_path(names[-1]) if names else self.node.name
+
+
+def clean_path(path: str) -> str:
+    """L['self']._modules['model']... -> model...."""
+    for noise in ("L['self'].", "L['self']", "L['fn'].", "_modules['", "']"):
+        path = path.replace(noise, "")
+    return path
+
+
+def is_site(node: Node) -> bool:
+    return is_call(node, "scaled_dot_product_attention")
+
+
+def read_site(node: Node, layer: int) -> Site:
+    """Normalise the arguments of a call.
+
+    Raises:
+        NotTaken: with the reason, for arguments that the compressed attention has no counterpart of.
+    """
+    query, key, value = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
+    if argument(node, 4, "dropout_p", 0.0) != 0.0:
+        raise NotTaken("attention dropout: call model.eval()")
+    q, k, v = shape(query), shape(key), shape(value)
+    if not (len(q) == len(k) == len(v) == 4):
+        raise NotTaken(f"operands are {len(q)}-dimensional, not [batch, heads, seq, head_dim]")
+    if not same(q[3], v[3]):
+        raise NotTaken(f"head_dim of keys and values differ ({q[3]} and {v[3]})")
+    if not isinstance(q[3], int) or q[3] % 16 or q[3] > 512:
+        raise NotTaken(f"head_dim {q[3]}: must be a multiple of 16, at most 512")
+    dtype = example(query).dtype
+    if dtype not in DTYPES or example(key).dtype != dtype or example(value).dtype != dtype:
+        raise NotTaken(f"dtype {dtype}: must be float16, bfloat16 or float32, the same for q, k and v")
+    scale = argument(node, 6, "scale")
+    return Site(
+        node, layer, query, without_repeats(key), without_repeats(value), argument(node, 3, "attn_mask"),
+        bool(argument(node, 5, "is_causal", False)), float(q[3] ** -0.5 if scale is None else scale),
+    )  # fmt: skip
+
+
+def without_repeats(node: Node) -> Node:
+    """The KV heads behind `repeat_kv`: expand and reshape, or repeat_interleave, with head h of KV head h // repeats."""
+    base = node
+    if is_call(node, "contiguous"):
+        base = node.args[0]
+    if is_call(base, "repeat_interleave") and argument(base, 2, "dim") in (1, -3):
+        return base.args[0]
+    if is_call(base, "reshape", "view") and is_call(base.args[0], "expand"):
+        inner = base.args[0].args[0]
+        source = inner.args[0] if is_call(inner, "unsqueeze") or is_getitem(inner) else None
+        if source is not None and _adds_dim_2(inner):
+            batch, heads, seq, dim = shape(source)
+            expanded, after = shape(base.args[0]), shape(base)
+            if len(expanded) == 5 and same(expanded[1], heads) and same(after[1], heads * expanded[2]):
+                return source
+    return node
+
+
+def _adds_dim_2(node: Node) -> bool:
+    before, after = shape(node.args[0]), shape(node)
+    return len(before) == 4 and len(after) == 5 and same(after[2], 1) and all(
+        same(a, b) for a, b in zip(before, (*after[:2], *after[3:]), strict=True)
+    )  # fmt: skip
+
+
+def sites_in(graph: Graph) -> list[Node]:
+    """The attention calls of a graph, in execution order."""
+    return [node for node in graph.nodes if is_site(node)]
+
+
+def outputs(graph: Graph) -> list[Any]:
+    """What a Dynamo graph returns: a flat list."""
+    return list(graph.output_node().args[0])
