@@ -58,7 +58,8 @@ def _grouped(x: Tensor, group: int, axis: GroupAxis) -> Tensor:
 
 def _stored(meta: Tensor, axis: GroupAxis) -> Tensor:
     """Per-group metadata in its memory order. For the channel axis the tokens go last, as in the codes of values."""
-    return meta if axis == "token" else meta.transpose(-1, -2).contiguous()
+    # clone, not contiguous: that would keep odd strides on dimensions of size 1, which Dynamo guards.
+    return meta if axis == "token" else meta.transpose(-1, -2).clone(memory_format=torch.contiguous_format)
 
 
 def quantize(x: Tensor, bits: int, group: int, axis: GroupAxis) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,7 +110,7 @@ def pack(codes: Tensor, bits: int, layout: Layout) -> Tensor:
     packed = (slices << shifts).sum(-3)
     # The sum is at most 65535: wrap into the signed word without an out-of-range conversion.
     packed = (packed - ((packed >> 15) << 16)).to(torch.int16)
-    return packed if layout == "key" else packed.transpose(-1, -2).contiguous()
+    return packed if layout == "key" else packed.transpose(-1, -2).clone(memory_format=torch.contiguous_format)
 
 
 def unpack(packed: Tensor, bits: int, layout: Layout) -> Tensor:

@@ -13,6 +13,7 @@ from torch._dynamo.source import AttrSource, TensorProperty, TensorPropertySourc
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size
 
 
 def is_fake(x: Tensor) -> bool:
@@ -58,3 +59,15 @@ def inner_compiler(name: str | Callable, mode: str | None, options: dict[str, An
 def count(**amounts: int) -> None:
     """Add to `torch._dynamo.utils.counters["minikv"]`."""
     counters["minikv"].update(amounts)
+
+
+def new_size(like: Tensor, minimum: int) -> torch.SymInt:
+    """A size that a custom op's fake implementation cannot know: `torch.library.get_ctx().new_dynamic_size`, also where
+    Dynamo was not asked to capture ops of data-dependent shape (that is for the user's ops, not for ours).
+    """
+    shape_env = getattr(like, "fake_mode", None) and like.fake_mode.shape_env
+    if shape_env is None:
+        return torch.library.get_ctx().new_dynamic_size(min=minimum)
+    size = shape_env.create_unbacked_symint()
+    _constrain_range_for_size(size, min=minimum)
+    return size

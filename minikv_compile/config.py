@@ -137,6 +137,10 @@ class MiniKVConfig:
         """Channels that share a value's scale and zero."""
         return value_group(self.group, head_dim)
 
+    def __repr__(self) -> str:
+        changed = (f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
+        return f"MiniKVConfig({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
+
     def to_json(self) -> str:
         """One line that `from_json` turns back into an equal configuration: what ops and saved caches carry."""
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"))

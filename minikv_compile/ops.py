@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from . import compat
 from .config import MiniKVConfig
 from .kernels import attention, compress, prefill, scores
 from .kernels.packing import BLOCK, metadata_dtype, words
@@ -180,8 +181,8 @@ def fields(config: MiniKVConfig, padded: bool) -> list[str]:
 def _(k, v, scores, valid, layer, layers, config):
     settings = MiniKVConfig.from_json(config)
     batch, heads, seq, dim = k.shape
-    size = torch.library.get_ctx().new_dynamic_size
-    blocks, capacity = size(min=MIN_BLOCKS), size(min=MIN_BLOCKS)
+    capacity = compat.new_size(k, MIN_BLOCKS)
+    blocks = compat.new_size(k, MIN_BLOCKS) if settings.bits < 16 else 0
     out = []
     for role, x in zip(ROLES, (k, v), strict=True):
         codes, scale, zero = tier_shapes(settings, role, blocks, dim)

@@ -226,8 +226,11 @@ class Rewriter:
         if (kv, name) not in self._fields:
             fake = example(kv)
             value = fake.shape[SEQ] if name == "length" else getattr(fake, name)
-            if name == "length" and isinstance(value, int):
-                return value
+            if name == "length":
+                # Dynamo passes the sizes that it uses as inputs of their own.
+                passed = [n for n in self.originals if isinstance(example(n), torch.SymInt) and same(example(n), value)]
+                if isinstance(value, int) or passed:
+                    return value if isinstance(value, int) else passed[0]
             with self.graph.inserting_before(self.originals[0]):
                 node = self.graph.placeholder(f"{kv.name}_{name}")
             node.meta["example_value"] = value
