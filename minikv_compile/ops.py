@@ -10,7 +10,7 @@ from torch.library import custom_op
 
 from . import compat
 from .config import MiniKVConfig
-from .kernels import attention, compress, prefill, scores
+from .kernels import attention, compress, packing, prefill, scores
 from .kernels.packing import BLOCK, metadata_dtype, words
 from .policy import select
 from .rotation import rotation_matrix
@@ -24,9 +24,29 @@ MIN_BLOCKS = 2
 """A dimension of size 0 or 1 would be specialised by Dynamo, and its growth would recompile."""
 
 
-def row_order(valid: Tensor) -> Tensor:
-    """int64 [batch, seq]: each row's valid tokens first, in their order. `valid`: bool [batch, seq]."""
-    return valid.logical_not().to(torch.int8).argsort(dim=-1, stable=True)
+@custom_op("minikv::align_rows", mutates_args=())
+def align_rows(valid: Tensor) -> tuple[Tensor, Tensor]:
+    """How to put each row's valid tokens first; once per graph, for all of its layers.
+
+    Args:
+        valid: bool [batch, seq], False for padding, at any place.
+
+    Returns:
+        order: int64 [batch, seq], the valid tokens first, in their order; lengths: int64 [batch], how many, *on the
+        CPU*, so that no layer waits for the device.
+
+    Raises:
+        ValueError: a row without tokens.
+    """
+    lengths = valid.sum(-1).cpu()
+    if lengths.min() == 0:
+        raise ValueError(f"Row {int(lengths.argmin())} of the batch has no tokens: its attention mask is all zeros.")
+    return valid.logical_not().to(torch.int8).argsort(dim=-1, stable=True), lengths
+
+
+@align_rows.register_fake
+def _(valid):
+    return valid.new_empty(valid.shape, dtype=torch.int64), torch.empty(valid.shape[:1], dtype=torch.int64, device="cpu")
 
 
 def take_tokens(x: Tensor, order: Tensor) -> Tensor:
@@ -38,39 +58,37 @@ def take_tokens(x: Tensor, order: Tensor) -> Tensor:
 
 @custom_op("minikv::prefill_attention", mutates_args=())
 def prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float, scored: bool
+    q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, lengths: Tensor | None, scale: float, scored: bool
 ) -> tuple[Tensor, Tensor]:
     """Causal attention in memory linear in `seq`, and its column scores.
 
     Args:
         q: [batch, heads, seq, head_dim]; k, v: [batch, kv_heads, seq, head_dim].
-        valid: bool [batch, seq], False for padding, at any place; None for no padding. Outputs at padding are finite
-            and otherwise unspecified.
+        order, lengths: of `align_rows`; None for no padding. Outputs at padding are finite and otherwise unspecified.
         scored: whether scores are wanted.
 
     Returns:
         out like `q`; scores fp32 [batch, kv_heads, seq], each row's valid tokens first, or an empty tensor.
     """
-    lengths = order = None
-    if valid is not None:
+    padded = lengths is not None and int(lengths.min()) < q.shape[2]
+    if padded:
         # With the valid tokens first, causality alone masks the padding: no [seq, seq] mask.
-        order, lengths = row_order(valid), valid.sum(-1)
         q, k, v = (take_tokens(x, order) for x in (q, k, v))
     if not scored:
         out, columns = prefill.causal_attention(q, k, v, scale), q.new_empty(0, dtype=torch.float32)
     elif q.is_cuda:
         out, lse = prefill.causal_attention_lse(q, k, v, scale)
-        columns = scores.column_scores(q, k, lse, scale, lengths)
+        columns = scores.column_scores(q, k, lse, scale, lengths.to(q.device) if padded else None)
     else:
         out = prefill.causal_attention(q, k, v, scale)
-        columns = scores.column_scores_reference(q, k, scale, lengths)
-    if order is not None:
+        columns = scores.column_scores_reference(q, k, scale, lengths if padded else None)
+    if padded:
         out = take_tokens(out, order.argsort(dim=-1))
     return out.contiguous(), columns
 
 
 @prefill_attention.register_fake
-def _(q, k, v, valid, scale, scored):
+def _(q, k, v, order, lengths, scale, scored):
     shape = (k.shape[0], k.shape[1], k.shape[2]) if scored else (0,)
     return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
 
@@ -85,21 +103,22 @@ def _bitmask(index: Tensor, counts: Tensor, seq: int) -> Tensor:
     return bits.sum(-1, dtype=torch.uint8)
 
 
-def _not_finite(x: Tensor, valid: Tensor | None) -> Tensor:
-    """int32 [batch]: tokens of [batch, kv_heads, seq, head_dim] that hold NaN or inf."""
+def _not_finite(x: Tensor, counted: Tensor | None) -> Tensor:
+    """int32 [batch]: tokens of [batch, kv_heads, seq, head_dim] that hold NaN or inf, of those `counted` [batch, seq]."""
     bad = ~torch.isfinite(x).all(-1).all(1)
-    return (bad if valid is None else bad & valid).sum(-1, dtype=torch.int32)
+    return (bad if counted is None else bad & counted).sum(-1, dtype=torch.int32)
 
 
-def dense_capacity(config: MiniKVConfig, used: int, ragged: bool) -> int:
-    """Tokens of a dense region that holds `used`.
-
-    Rows of unequal length fill their blocks at different times, and the host, which does not read their lengths,
-    flushes for the fullest row that could be: they get one block more.
-    """
-    if config.bits == 16 or used > config.capacity + ragged * BLOCK:
+def dense_capacity(config: MiniKVConfig, used: int) -> int:
+    """Tokens of a dense region that holds `used`."""
+    if config.bits == 16 or used > config.capacity:
         return -(-(used + config.buffer) // BLOCK) * BLOCK
-    return config.capacity + ragged * BLOCK
+    return config.capacity
+
+
+def blocks_to_flush(used: int, n: int, capacity: int, config: MiniKVConfig) -> int:
+    """Blocks that a row with `used` tokens in its dense region moves to its tier to make room for `n` more."""
+    return max(0, used - config.sinks - config.window) // BLOCK if used + n > capacity else 0
 
 
 def pack_tokens(x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,14 +133,15 @@ def grouping(config: MiniKVConfig, role: str, head_dim: int) -> tuple[int, str]:
 
 @custom_op("minikv::compress", mutates_args=())
 def compress_prompt(
-    k: Tensor, v: Tensor, scores: Tensor | None, valid: Tensor | None, layer: int, layers: int, config: str
-) -> list[Tensor]:
+    k: Tensor, v: Tensor, scores: Tensor | None, order: Tensor | None, lengths: Tensor | None, layer: int, layers: int,
+    config: str,
+) -> list[Tensor]:  # fmt: skip
     """Select, gather, rotate, quantize and pack the prompt's keys and values.
 
     Args:
         k, v: [batch, kv_heads, seq, head_dim], any strides.
         scores: fp32 [batch, kv_heads, seq], each row's valid tokens first; None where the policy keeps all.
-        valid: bool [batch, seq], False for padding; None for no padding.
+        order, lengths: of `align_rows`; None for no padding.
         config: `MiniKVConfig.to_json()`.
 
     Returns:
@@ -132,14 +152,16 @@ def compress_prompt(
     """
     settings = MiniKVConfig.from_json(config)
     batch, heads, seq, dim = k.shape
-    lengths = [seq] * batch if valid is None else valid.sum(-1).tolist()
-    if min(lengths) == 0:
-        raise ValueError(f"MiniKV, layer {layer}: row {lengths.index(0)} of the batch has no tokens: the prompt is empty.")
+    if seq == 0:
+        raise ValueError(f"MiniKV, layer {layer}: the prompt is empty.")
+    padded = lengths is not None
+    counts = row_lengths = [seq] * batch if lengths is None else lengths.tolist()
+    if min(counts) == seq:
+        order = None
     whole = settings.bits == 16 or seq < settings.min_prompt
-    order = None if valid is None else row_order(valid)
-    index, counts = order if order is None else order[:, None].expand(-1, heads, -1), lengths
+    index = order if order is None else order[:, None].expand(-1, heads, -1)
     if settings.drops and not whole:
-        rows = select(scores, lengths, layer, layers, settings)
+        rows = select(scores, row_lengths, layer, layers, settings)
         counts = [row.shape[-1] for row in rows]
         index = torch.nn.utils.rnn.pad_sequence([row.T for row in rows], batch_first=True).transpose(1, 2)
         if order is not None:
@@ -147,8 +169,7 @@ def compress_prompt(
 
     packed = [0 if whole else max(0, n - settings.sinks - settings.window) // BLOCK * BLOCK for n in counts]
     in_dense = [n - p for n, p in zip(counts, packed, strict=True)]
-    ragged = len(set(counts)) > 1
-    capacity = dense_capacity(settings, max(in_dense), ragged)
+    capacity = dense_capacity(settings, max(in_dense))
     tier = torch.tensor(packed, dtype=torch.int32, device=k.device)
     slot = torch.arange(capacity, device=k.device)
     source = torch.where(slot < settings.sinks, slot, slot + tier[:, None]).clamp(max=max(counts) - 1)
@@ -156,6 +177,10 @@ def compress_prompt(
     if index is not None:
         source = index.gather(2, source)
     rotation = rotation_matrix(settings.rotation, dim, k.device)
+    counted = None
+    if order is not None:
+        present = torch.arange(seq, device=k.device) < tier.new_tensor(row_lengths)[:, None]
+        counted = torch.zeros_like(present).scatter_(1, order, present)
 
     out = []
     for role, x in zip(ROLES, (k, v), strict=True):
@@ -164,8 +189,8 @@ def compress_prompt(
             blocks = max(max(packed) // BLOCK, MIN_BLOCKS)
             out += pack_tokens(x, index, settings.sinks, tier, blocks, settings.bits, group, axis, role, rotation)
         offset = torch.tensor([seq - n for n in in_dense], dtype=torch.int32, device=k.device)
-        out += [take_tokens(x, source), torch.stack([offset, _not_finite(x, valid), tier], -1)]
-        if settings.drops or valid is not None:
+        out += [take_tokens(x, source), torch.stack([offset, _not_finite(x, counted), tier], -1)]
+        if settings.drops or padded:
             everything = torch.arange(seq, device=k.device).expand(batch, heads, -1) if index is None else index
             out.append(_bitmask(everything, slot.new_tensor(counts), seq))
     return out
@@ -178,7 +203,7 @@ def fields(config: MiniKVConfig, padded: bool) -> list[str]:
 
 
 @compress_prompt.register_fake
-def _(k, v, scores, valid, layer, layers, config):
+def _(k, v, scores, order, lengths, layer, layers, config):
     settings = MiniKVConfig.from_json(config)
     batch, heads, seq, dim = k.shape
     capacity = compat.new_size(k, MIN_BLOCKS)
@@ -193,7 +218,7 @@ def _(k, v, scores, valid, layer, layers, config):
             "dense": ((capacity, dim), x.dtype),
             "kept": (((seq + 7) // 8,), torch.uint8),
         }
-        for name in fields(settings, valid is not None):
+        for name in fields(settings, lengths is not None):
             if name == "state":
                 out.append(x.new_empty((batch, 3), dtype=torch.int32))
             else:
@@ -254,19 +279,22 @@ def _(q, k, v, k_tier, v_tier, k_dense, v_dense, state, length, scale, config):
 
 @custom_op("minikv::flush", mutates_args=("codes", "scale", "zero", "dense", "state"))
 def flush(
-    codes: Tensor, scale: Tensor, zero: Tensor, dense: Tensor, state: Tensor, length: int, blocks: int, role: str,
-    config: str,
+    codes: Tensor, scale: Tensor, zero: Tensor, dense: Tensor, state: Tensor, length: int, n: int, capacity: int,
+    blocks: int, role: str, config: str,
 ) -> None:  # fmt: skip
-    """Move the oldest tokens of each row's dense region that are neither sink nor window into its tier, in whole blocks.
+    """Move the oldest tokens of full rows' dense regions that are neither sink nor window into the tier, in whole
+    blocks (`blocks_to_flush`, on the device).
 
     Args:
-        blocks: at most so many per row. The tier has room for them.
-        role: "key" or "value". length: logical tokens.
+        length: logical tokens. n, capacity: rows that could not hold `n` more in `capacity` tokens are full.
+        blocks: the most that any row moves. The tier has room for them.
+        role: "key" or "value".
     """
     settings = MiniKVConfig.from_json(config)
     dim = dense.shape[-1]
     in_dense = length - state[:, OFFSET]
-    tokens = ((in_dense - settings.sinks - settings.window) // BLOCK).clamp(0, blocks) * BLOCK
+    full = (in_dense + n > capacity).int()
+    tokens = full * ((in_dense - settings.sinks - settings.window) // BLOCK).clamp(0, blocks) * BLOCK
     group, axis = grouping(settings, role, dim)
     pack_tokens(
         dense, None, settings.sinks, tokens, blocks, settings.bits, group, axis, role,
@@ -283,5 +311,54 @@ def flush(
 
 
 @flush.register_fake
-def _(codes, scale, zero, dense, state, length, blocks, role, config):
+def _(codes, scale, zero, dense, state, length, n, capacity, blocks, role, config):
     return None
+
+
+def kept_mask(kept: Tensor, state: Tensor, length: int) -> Tensor:
+    """bool [batch, kv_heads, length]: which logical tokens are stored.
+
+    Args:
+        kept: uint8 [batch, kv_heads, ceil(prompt / 8)], one bit per prompt token. Later tokens are all stored; where
+            they start follows from how many are.
+    """
+    bits = kept[..., None] >> torch.arange(8, dtype=torch.uint8, device=kept.device) & 1
+    prompt = bits.flatten(2).bool()[..., :length]
+    stored = state[:, IN_TIER] + length - state[:, OFFSET]
+    generated = stored[:, None] - prompt.sum(-1)
+    mask = torch.arange(length, device=kept.device) >= (length - generated)[..., None]
+    mask[..., : prompt.shape[-1]] |= prompt
+    return mask
+
+
+@custom_op("minikv::dequantize", mutates_args=())
+def dequantize(
+    codes: Tensor | None, scale: Tensor | None, zero: Tensor | None, dense: Tensor, state: Tensor, kept: Tensor | None,
+    length: int, role: str, config: str,
+) -> Tensor:  # fmt: skip
+    """The dense [batch, kv_heads, length, head_dim] of a `KVTensor`'s tensors; zeros for what is not stored."""
+    settings = MiniKVConfig.from_json(config)
+    batch, _, capacity, dim = dense.shape
+    sinks, in_tier = settings.sinks, state[:, IN_TIER, None]
+    # Token j of a row: sinks first, then the tier, then the rest of the dense region.
+    token = torch.arange(length, device=dense.device).expand(batch, -1)
+    inside = (token >= sinks) & (token < sinks + in_tier)
+    slot = torch.where(token < sinks, token, token - in_tier).clamp(0, capacity - 1)
+    values = take_tokens(dense, slot)
+    if codes is not None:
+        group, axis = grouping(settings, role, dim)
+        packed = packing.dequantize(packing.unpack(codes, settings.bits, role), scale, zero, group, axis).flatten(2, 3)
+        rotation = rotation_matrix(settings.rotation, dim, dense.device)
+        packed = (packed if rotation is None else packed @ rotation.T).to(dense.dtype)
+        slot = (token - sinks).clamp(0, packed.shape[2] - 1)
+        values = torch.where(inside[:, None, :, None], take_tokens(packed, slot), values)
+    if kept is None:
+        return values
+    mask = kept_mask(kept, state, length)
+    source = (mask.cumsum(-1) - 1).clamp(min=0)
+    return take_tokens(values, source).masked_fill(~mask[..., None], 0)
+
+
+@dequantize.register_fake
+def _(codes, scale, zero, dense, state, kept, length, role, config):
+    return dense.new_empty((dense.shape[0], dense.shape[1], length, dense.shape[3]))

@@ -14,7 +14,6 @@ from .kernels.attention import append
 from .kernels.packing import BLOCK
 from .ops import IN_TIER, NOT_FINITE, OFFSET, dense_capacity, grouping
 from .packed import DenseOnUse, PackedInt
-from .rotation import rotation_matrix
 
 aten = torch.ops.aten
 SEQ = 2  # dimension of tokens, and of blocks
@@ -23,21 +22,23 @@ SEQ = 2  # dimension of tokens, and of blocks
 class Occupancy:
     """What the host knows of a storage without reading the device, shared by all tensors that look into it."""
 
-    def __init__(self, offset: int, blocks: int, ragged: bool):
-        self.offset = offset  # the smallest of any row: `length - offset` bounds the tokens in the dense region
-        self.blocks = blocks  # bounds the blocks in use in the tier
-        self.ragged = ragged  # rows differ: the bounds hold, the exact numbers are on the device
+    def __init__(self, offsets: list[int], blocks: list[int]):
+        self.offsets = offsets  # of each row: `length - offset` tokens are in its dense region
+        self.blocks = blocks  # of each row's tier, in use
         self.not_finite = 0  # tokens with NaN or inf that were reported
         self._tensors: list[weakref.ref[KVTensor]] = []
 
     @classmethod
     def read(cls, state: list[list[int]]) -> Occupancy:
         """From the rows of a state."""
-        offsets = [row[OFFSET] for row in state]
-        return cls(min(offsets), max(row[IN_TIER] for row in state) // BLOCK, min(offsets) != max(offsets))
+        return cls([row[OFFSET] for row in state], [row[IN_TIER] // BLOCK for row in state])
 
     def copy(self) -> Occupancy:
-        return Occupancy(self.offset, self.blocks, self.ragged)
+        return Occupancy(list(self.offsets), list(self.blocks))
+
+    def used(self, length: int) -> int:
+        """Tokens in the dense region of the fullest row."""
+        return length - min(self.offsets)
 
     def add(self, tensor: KVTensor) -> None:
         self._tensors = [ref for ref in self._tensors if ref() is not None]
@@ -133,10 +134,7 @@ class KVTensor(DenseOnUse):
     @property
     def occupancy(self) -> Occupancy:
         if self._occupancy is None:
-            state = self.state.tolist()
-            blocks = max(row[IN_TIER] for row in state) // BLOCK
-            ragged = len({row[OFFSET] for row in state}) > 1
-            self._occupancy = Occupancy(min(row[OFFSET] for row in state), blocks, ragged)
+            self._occupancy = Occupancy.read(self.state.tolist())
             self._occupancy.add(self)
         return self._occupancy
 
@@ -155,41 +153,16 @@ class KVTensor(DenseOnUse):
 
     def kept_mask(self) -> Tensor:
         """bool [batch, kv_heads, length]: which logical tokens are stored. The others were padding or dropped."""
-        batch, heads, length, _ = self.shape
         if self.kept is None:
-            return torch.ones(batch, heads, length, dtype=torch.bool, device=self.device)
-        bits = self.kept[..., None] >> torch.arange(8, dtype=torch.uint8, device=self.device) & 1
-        prompt = bits.flatten(2).bool()
-        # Tokens after the prompt are all stored; where they start follows from how many are.
-        stored = self.state[:, IN_TIER] + length - self.state[:, OFFSET]
-        generated = stored[:, None] - prompt.sum(-1)
-        position = torch.arange(length, device=self.device)
-        mask = position >= (length - generated)[..., None]
-        mask[..., : prompt.shape[-1]] |= prompt[..., :length]
-        return mask
+            return torch.ones(self.shape[:3], dtype=torch.bool, device=self.device)
+        return ops.kept_mask(self.kept, self.state, self.shape[SEQ])
 
     def dequantize(self) -> Tensor:
         """The dense tensor; zeros for what is not stored."""
-        batch, heads, length, dim = self.shape
-        sinks, capacity = self.config.sinks, self.dense.shape[SEQ]
-        in_tier = self.state[:, IN_TIER, None]
-        # Token j of a row: sinks first, then the tier, then the rest of the dense region.
-        token = torch.arange(length, device=self.device).expand(batch, -1)
-        inside = (token >= sinks) & (token < sinks + in_tier)
-        slot = torch.where(inside | (token < sinks), token, token - in_tier).clamp(max=capacity - 1)
-        values = ops.take_tokens(self.dense, slot)
-        if self.tier is not None:
-            packed = self.tier.dequantize()
-            rotation = rotation_matrix(self.config.rotation, dim, self.device)
-            if rotation is not None:
-                packed = (packed.float() @ rotation.T).to(self.dtype)
-            slot = (token - sinks).clamp(0, packed.shape[SEQ] - 1)
-            values = torch.where(inside[:, None, :, None], ops.take_tokens(packed, slot), values)
-        if self.kept is None:
-            return values
-        kept = self.kept_mask()
-        source = (kept.cumsum(-1) - 1).clamp(min=0)
-        return ops.take_tokens(values, source).masked_fill(~kept[..., None], 0)
+        return torch.ops.minikv.dequantize(
+            self.codes, self.scale, self.zero, self.dense, self.state, self.kept, self.shape[SEQ], self.role,
+            self.config.to_json(),
+        )  # fmt: skip
 
     def as_operand(self, func) -> Tensor:
         if compat.is_fake(self.dense):
@@ -216,40 +189,38 @@ class KVTensor(DenseOnUse):
         Flushes whole blocks into the tier, grows tier or dense region in steps, and copies the storage first if
         another living tensor looks into it.
         """
-        if self.shape[SEQ] + n - self.occupancy.offset <= self.dense.shape[SEQ] and not self.occupancy.shared:
+        length = self.shape[SEQ] + n
+        if self.occupancy.used(length) <= self.dense.shape[SEQ] and not self.occupancy.shared:
             return self
         with compat.outside_inference_mode():
-            kv = self
-            if self.occupancy.shared:
-                kv = self.clone()
-            used = kv.shape[SEQ] + n - kv.occupancy.offset
-            if used > kv.dense.shape[SEQ]:
-                kv._flush()
-                used = kv.shape[SEQ] + n - kv.occupancy.offset
-            if used > kv.dense.shape[SEQ]:
-                kv._resize_dense(dense_capacity(kv.config, used, kv.occupancy.ragged))
+            kv = self.clone() if self.occupancy.shared else self
+            if kv.occupancy.used(length) > kv.dense.shape[SEQ]:
+                kv._flush(n, kv.dense.shape[SEQ])
+            if kv.occupancy.used(length) > kv.dense.shape[SEQ]:
+                kv._resize_dense(dense_capacity(kv.config, kv.occupancy.used(length)))
             return kv
 
-    def _flush(self) -> None:
-        """Quantize what is older than the window, in whole blocks, in place."""
-        config, occupancy = self.config, self.occupancy
-        used = self.shape[SEQ] - occupancy.offset
-        newest = config.sinks + config.window
-        blocks = (used - newest) // BLOCK
-        if config.bits == 16 or blocks <= 0:
+    def _flush(self, n: int, capacity: int) -> None:
+        """In the rows whose dense region could not hold `n` more in `capacity` tokens, quantize what is older than the
+        window, in whole blocks, in place. Each row flushes at the same length as it would alone.
+        """
+        config, occupancy, length = self.config, self.occupancy, self.shape[SEQ]
+        if config.bits == 16:
             return
-        if occupancy.blocks + blocks > self.codes.shape[SEQ]:
-            capacity = occupancy.blocks + max(blocks, occupancy.blocks // 16)
+        used = [length - offset for offset in occupancy.offsets]
+        blocks = [ops.blocks_to_flush(u, n, capacity, config) for u in used]
+        if not any(blocks):
+            return
+        needed = max(b + new for b, new in zip(occupancy.blocks, blocks, strict=True))
+        if needed > self.codes.shape[SEQ]:
             for name in ("codes", "scale", "zero"):
-                setattr(self, name, _resized(getattr(self, name), capacity))
+                setattr(self, name, _resized(getattr(self, name), needed + needed // 16))
         torch.ops.minikv.flush(
-            self.codes, self.scale, self.zero, self.dense, self.state, self.shape[SEQ], blocks, self.role,
+            self.codes, self.scale, self.zero, self.dense, self.state, length, n, capacity, max(blocks), self.role,
             config.to_json(),
         )  # fmt: skip
-        occupancy.blocks += blocks
-        # Rows that differ keep up to a block less one beyond the window, each its own number.
-        left = newest + BLOCK - 1 if occupancy.ragged else used - blocks * BLOCK
-        occupancy.offset = self.shape[SEQ] - left
+        occupancy.blocks = [b + new for b, new in zip(occupancy.blocks, blocks, strict=True)]
+        occupancy.offsets = [o + new * BLOCK for o, new in zip(occupancy.offsets, blocks, strict=True)]
 
     def _resize_dense(self, capacity: int) -> None:
         self.dense = _resized(self.dense, capacity)
@@ -257,12 +228,11 @@ class KVTensor(DenseOnUse):
     def longer(self, n: int) -> KVTensor:
         """This tensor after `n` tokens were written behind its last, in the same storage."""
         new = KVTensor(self.tensors(), self.config, self.role, self.shape[SEQ] + n, self.occupancy)
-        nominal = dense_capacity(self.config, 0, self.occupancy.ragged)
+        nominal = dense_capacity(self.config, 0)
         if n > 1 and self.config.bits < 16 and self.dense.shape[SEQ] > nominal:
             with compat.outside_inference_mode():
-                new._flush()
-                if new.shape[SEQ] - new.occupancy.offset < nominal:
-                    new._resize_dense(nominal)
+                new._flush(1, nominal)
+                new._resize_dense(dense_capacity(self.config, new.occupancy.used(new.shape[SEQ])))
         return new.mark_dynamic()
 
     def append(self, new: Tensor) -> KVTensor:
@@ -297,8 +267,8 @@ class KVTensor(DenseOnUse):
             ValueError: the rollback reaches further back than the unquantized window.
         """
         removed, config = self.shape[SEQ] - length, self.config
-        # Every row's newest `window` tokens are dense; in rows of one length all of the dense region is known.
-        known = 0 if self.occupancy.ragged else self.shape[SEQ] - self.occupancy.offset - config.sinks
+        # Every row's newest `window` tokens are dense, and more while its buffer is not flushed.
+        known = self.shape[SEQ] - max(self.occupancy.offsets) - config.sinks
         if removed > max(config.window, known):
             raise ValueError(
                 f"Cannot roll back {removed} tokens of a compressed cache: only the newest {max(config.window, known)} "
@@ -357,8 +327,12 @@ torch.serialization.add_safe_globals([_rebuild])
 
 def _batch_rule(func, kv: KVTensor, *args) -> KVTensor:
     """Apply `func(tensor, *args)`, which selects or repeats rows, to every tensor held."""
-    selected = kv._apply_fn_to_data(lambda t: func(t, *args))
-    return KVTensor(selected.tensors(), kv.config, kv.role, kv.shape[SEQ], selected._occupancy).mark_dynamic()
+    with compat.outside_inference_mode():
+        tensors = {name: func(t, *args) for name, t in kv.tensors().items()}
+    known, batch, occupancy = kv.occupancy, tensors["state"].shape[0], None
+    if len(set(known.offsets)) == len(set(known.blocks)) == 1:
+        occupancy = Occupancy(known.offsets[:1] * batch, known.blocks[:1] * batch)
+    return KVTensor(tensors, kv.config, kv.role, kv.shape[SEQ], occupancy).mark_dynamic()
 
 
 @KVTensor.implements(aten.cat.default)

@@ -96,7 +96,7 @@ class Boundary:
         for i, n in self.growth.items():
             blocks = args[i].occupancy.blocks
             args[i] = args[i].reserve(n(args))
-            if args[i].occupancy.blocks != blocks:
+            if args[i].occupancy.blocks is not blocks:
                 flushed.append(args[i])
         if flushed:
             report_not_finite(flushed)

@@ -45,7 +45,7 @@ class SiteReport:
         return not self.reason
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Made:
     """An output that a prefill compresses: tensors of a new `KVTensor`."""
 
@@ -55,7 +55,7 @@ class Made:
     length: Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Longer:
     """An output that is the compressed input number `past`, `n` tokens longer."""
 
@@ -90,7 +90,7 @@ class Rewriter:
         self.result = Rewritten(self.module, outputs(self.graph))
         self.kept = {node for node in self.result.outputs if isinstance(node, Node)}
         self._fields: dict[tuple[Node, str], Node] = {}
-        self._valid: dict[Node, Node] = {}
+        self._rows: dict[Node, tuple[Node, ...]] = {}
 
     def run(self) -> Rewritten:
         self._lower_sizes()
@@ -151,25 +151,22 @@ class Rewriter:
             raise NotTaken("its mask is not causal")
         if not predicate.padding:
             return None
-        padding = predicate.padding[0]
-        if not same(shape(padding)[1], tokens):
-            raise NotTaken(f"its padding mask is for {shape(padding)[1]} tokens, not {tokens}")
-        return padding
+        return predicate.padding[0]
 
     def _prefill(self, site: Site, key: functional.Slot, value: functional.Slot, padding: Node | None) -> None:
         scored = self.config.drops
-        valid = None if padding is None else self._as_bool(padding)
+        rows = (None, None) if padding is None else self._aligned(padding, key.new, site.node)
         scores = None
-        if scored or valid is not None:
+        if scored or padding is not None:
             with self.graph.inserting_before(site.node):
-                args = (site.query, key.new, value.new, valid, site.scale, scored)
+                args = (site.query, key.new, value.new, *rows, site.scale, scored)
                 out, scores = self._call(minikv.prefill_attention.default, args, 2)
             site.node.replace_all_uses_with(out)
         with self.graph.inserting_after(site.node if scores is None else scores):
             arguments = (
-                key.new, value.new, scores if scored else None, valid, site.layer, self.layers, self.config.to_json(),
+                key.new, value.new, scores if scored else None, *rows, site.layer, self.layers, self.config.to_json(),
             )  # fmt: skip
-            names = ops.fields(self.config, valid is not None)
+            names = ops.fields(self.config, padding is not None)
             made = self._call(minikv.compress.default, arguments, 2 * len(names))
         length = shape(key.stored)[SEQ]
         for role, slot, nodes in zip(ROLES, (key, value), (made[: len(names)], made[len(names) :]), strict=True):
@@ -213,13 +210,32 @@ class Rewriter:
             items = [self.graph.call_function(_item, (call, i)) for i in reversed(range(results))]
         return items[::-1]
 
-    def _as_bool(self, padding: Node) -> Node:
-        if example(padding).dtype == torch.bool:
-            return padding
-        if padding not in self._valid:
-            with self.graph.inserting_after(padding):
-                self._valid[padding] = self.graph.call_method("bool", (padding,))
-        return self._valid[padding]
+    def _aligned(self, padding: Node, key: Node, before: Node) -> tuple[Node, ...]:
+        """`align_rows` of a padding mask, made where the first site needs it."""
+        if padding not in self._rows:
+            tokens = shape(key)[SEQ]
+            with self.graph.inserting_before(before):
+                if not same(shape(padding)[1], tokens):
+                    # A mask may be longer than the prompt, where the model gathers from it.
+                    tokens = self._size_of(tokens)
+                    padding_now = self.graph.call_function(_first_columns, (padding, tokens))
+                else:
+                    padding_now = padding
+                valid = self.graph.call_method("bool", (padding_now,))
+                self._rows[padding] = tuple(self._call(minikv.align_rows.default, (valid,), 2))
+        return self._rows[padding]
+
+    def _size_of(self, size: Any) -> Any:
+        """A node, or a constant, of a size."""
+        if isinstance(size, int):
+            return size
+        for node in self.originals:
+            if isinstance(example(node), torch.SymInt) and same(example(node), size):
+                return node
+            dims = [] if isinstance(example(node), KVTensor) else [d for d, s in enumerate(shape(node)) if same(s, size)]
+            if dims:
+                return self.graph.call_method("size", (node, dims[0]))
+        raise NotTaken(f"the size {size} is no size of an input of the graph")
 
     def field(self, kv: Node, name: str) -> Node:
         """The placeholder of a tensor of the `KVTensor` placeholder `kv`, or of its "length"."""
@@ -297,16 +313,15 @@ class Rewriter:
                     f"({why}). Feed one token at a time, or use a preset that drops nothing."
                 )
             log.warning("%s goes back to a dense cache: %s", node.name, why)
-            names = list(kv.tensors())
-            with self.graph.inserting_before(next(iter(node.users))):
-                tensors = [self.field(node, name) for name in names]
+            names = ("codes", "scale", "zero", "dense", "state", "kept")
+            tensors = [self.field(node, name) if getattr(kv, name) is not None else None for name in names]
+            # Users in the graph's order: the dense tensor stands before the first.
+            with self.graph.inserting_before(min(node.users, key=list(self.graph.nodes).index)):
                 dense = self.graph.call_function(
-                    _dense, (self.config.to_json(), kv.role, names, self.field(node, "length"), tensors)
+                    minikv.dequantize.default,
+                    (*tensors, self.field(node, "length"), kv.role, self.config.to_json()),
                 )
             dense.meta["example_value"] = kv.dense.new_empty(kv.shape)
-            # Users in the graph's order: the dense tensor stands before the first.
-            first = min(node.users, key=list(self.graph.nodes).index)
-            first.prepend(dense)
             node.replace_all_uses_with(dense)
 
 
@@ -314,9 +329,8 @@ def _item(values: Sequence[Any], index: int) -> Any:
     return values[index]
 
 
-def _dense(config: str, role: str, names: list[str], length: int, tensors: list[torch.Tensor]) -> torch.Tensor:
-    fields = dict(zip(names, tensors, strict=True))
-    return KVTensor(fields, MiniKVConfig.from_json(config), role, length).dequantize()
+def _first_columns(mask: torch.Tensor, columns: int) -> torch.Tensor:
+    return mask[:, :columns]
 
 
 def copy_module(module: GraphModule) -> GraphModule:
