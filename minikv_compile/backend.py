@@ -42,6 +42,7 @@ class MiniKVBackend:
         self.config = config or MiniKVConfig()
         self.inner = inner
         self.graphs: list[list[SiteReport]] = []
+        self.records = True  # whether what it rewrites makes a model active
 
     def __call__(
         self, module: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None,
@@ -67,9 +68,9 @@ class MiniKVBackend:
             return inner(module, example_inputs)
         inputs, boundary = desugar(rewritten, rewriter.originals, example_inputs, self.config)
         boundary.compiled = inner(rewritten.module, inputs)
-        for tensor in example_inputs:
-            if isinstance(tensor, torch.nn.Parameter):
-                _rewritten_parameters[id(tensor)] = tensor
+        if self.records:
+            parameters = (x for x in example_inputs if isinstance(x, torch.nn.Parameter))
+            _rewritten_parameters.update({id(p): p for p in parameters})
         return boundary
 
     def _check_gradients(self, example_inputs: Sequence[Any]) -> None:

@@ -210,7 +210,7 @@ def _(k, v, scores, order, lengths, layer, layers, config):
     blocks = compat.new_size(k, MIN_BLOCKS) if settings.bits < 16 else 0
     out = []
     for role, x in zip(ROLES, (k, v), strict=True):
-        codes, scale, zero = tier_shapes(settings, role, blocks, dim)
+        codes, scale, zero = tier_shapes(settings, role, blocks, dim) if settings.bits < 16 else (None, None, None)
         made = {
             "codes": (codes, torch.int16),
             "scale": (scale, metadata_dtype(x.dtype)),
@@ -227,18 +227,10 @@ def _(k, v, scores, order, lengths, layer, layers, config):
     return out
 
 
-def empty_tier(dense: Tensor, role: str, config: MiniKVConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """A tier of no blocks, for the caches that have none."""
-    shapes = tier_shapes(config, role, 0, dense.shape[-1])
-    lead = dense.shape[:2]
-    dtypes = (torch.int16, metadata_dtype(dense.dtype), metadata_dtype(dense.dtype))
-    return tuple(dense.new_empty((*lead, *s), dtype=d) for s, d in zip(shapes, dtypes, strict=True))
-
-
 def tier_shapes(config: MiniKVConfig, role: str, blocks: int, dim: int) -> tuple[tuple[int, ...], ...]:
-    """Shapes of codes, scale and zero (`kernels.packing`), without batch and heads. At 16 bits: as at 2 bits."""
+    """Shapes of codes, scale and zero (`kernels.packing`), without batch and heads."""
     group, axis = grouping(config, role, dim)
-    width = words(config.bits if config.bits < 16 else 2)
+    width = words(config.bits)
     meta = (blocks, BLOCK // group, dim) if axis == "token" else (blocks, dim // group, BLOCK)
     return ((blocks, width, dim) if role == "key" else (blocks, dim, width)), meta, meta
 
@@ -260,15 +252,11 @@ def decode_attention(
         [batch, heads, n, head_dim].
     """
     settings = MiniKVConfig.from_json(config)
-    length += k.shape[2]
-    attention.append(k_dense, k, state, length)
-    attention.append(v_dense, v, state, length)
     dim = q.shape[-1]
-    if not k_tier:
-        k_tier, v_tier = (empty_tier(dense, role, settings) for dense, role in ((k_dense, "key"), (v_dense, "value")))
-    return attention.attend_reference(
-        q, tuple(k_tier), tuple(v_tier), k_dense, v_dense, state, length, scale, settings.bits if settings.bits < 16 else 2,
-        settings.group, "token", settings.value_group(dim), rotation_matrix(settings.rotation, dim, q.device),
+    return attention.attend(
+        q, k, v, tuple(k_tier) or None, tuple(v_tier) or None, k_dense, v_dense, state, length + k.shape[2], scale,
+        settings.bits, settings.group, "token", settings.value_group(dim),
+        rotation_matrix(settings.rotation, dim, q.device),
     )  # fmt: skip
 
 

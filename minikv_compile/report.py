@@ -146,6 +146,7 @@ def explain(model: torch.nn.Module, *args: Any, config: MiniKVConfig | None = No
         args, inputs: of `model.forward`. A transformers model gets `use_cache=True`.
     """
     backend = MiniKVBackend(config, inner="eager")
+    backend.records = False
     forward = torch.compile(model.forward, backend=backend)
     if hasattr(model, "config") and not args:
         inputs.setdefault("use_cache", True)

@@ -1,0 +1,130 @@
+"""Device functions that the kernels share, and what they need to know about the machine they run on."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+"""Triton's interpreter runs the kernels (`TRITON_INTERPRET=1`): no inline assembly, and no arithmetic on bf16."""
+
+LOG2E = tl.constexpr(1.4426950408889634)
+FP16_MAX = tl.constexpr(65504.0)
+
+_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def check_dtype(*tensors: Tensor) -> None:
+    """Raises: ValueError, unless all tensors have one dtype that the kernels take."""
+    dtypes = {t.dtype for t in tensors}
+    if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
+        raise ValueError(f"The kernels take float16, bfloat16 or float32, one for all, not {dtypes}.")
+
+
+def operand_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The dtype in which a tensor of `dtype` enters a matrix product."""
+    return tl.float32 if INTERPRET and dtype == torch.bfloat16 else _DTYPES[dtype]
+
+
+def dot_precision(dtype: torch.dtype) -> str | None:
+    """How products of operands are formed. fp32: by three TF32 products, to about 2**-21; exact ones do not run on
+    tensor cores and would spill registers by the kilobyte."""
+    return "tf32x3" if dtype == torch.float32 else None
+
+
+def unit_last(x: Tensor) -> Tensor:
+    """`x`, or a copy where its last dimension is not contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@triton.jit
+def to_fp32(x):
+    """Exact, also for bf16 in the interpreter."""
+    if INTERPRET and x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def to_operand(x, OPERAND: tl.constexpr):
+    """A stored value of any dtype as an operand. bf16 metadata beyond fp16's range saturates."""
+    if x.dtype == OPERAND:
+        return x
+    x = to_fp32(x)
+    if OPERAND == tl.float16:
+        x = tl.minimum(tl.maximum(x, -FP16_MAX), FP16_MAX)
+    return x.to(OPERAND)
+
+
+@triton.jit
+def round_to(x, DTYPE: tl.constexpr):
+    """fp32 -> DTYPE, to nearest, ties to even. (The interpreter truncates to bf16.)"""
+    if INTERPRET and DTYPE == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def exponent(x):
+    """floor(log2(x)) for normal x > 0, -127 for 0 and subnormal x."""
+    return ((x.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+
+
+@triton.jit
+def exp2i(e):
+    """2**e in fp32 for an integer -127 < e < 128; 0 for e <= -127."""
+    return ((tl.maximum(e, -127) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+# How codes become matrix operands. A code in the low 10 bits of an fp16 value, all else zero, is a subnormal number:
+# code * 2**position * 2**-24, exactly, and tensor cores multiply subnormal numbers like any others. So one AND turns
+# the two codes of a 32-bit register into two operands, without a conversion and without the offset that the usual
+# trick (OR in the exponent of 1024) has to subtract again.
+
+CODE_EXPONENT = tl.constexpr(24)
+
+
+@triton.constexpr_function
+def code_shift(position, bits):
+    """How far right a word must move so that the code at bit `position` lies in the low 10 bits."""
+    return 8 if position + bits > 10 else 0
+
+
+@triton.constexpr_function
+def code_position(position, bits, operand):
+    """The operand that stands for a code is `code * 2**code_position`, times 2**-CODE_EXPONENT for fp16."""
+    return position - code_shift(position, bits) if operand == tl.float16 else 0
+
+
+@triton.constexpr_function
+def code_exponent(operand):
+    return CODE_EXPONENT.value if operand == tl.float16 else 0
+
+
+@triton.constexpr_function
+def _extract_asm(shift, mask):
+    both = f"0x{mask << 16 | mask:08x}"
+    if shift == 0:
+        return f"and.b32 $0, $1, {both};"
+    return f"{{ .reg .b32 t; shr.u32 t, $1, {shift}; and.b32 $0, t, {both}; }}"
+
+
+@triton.jit
+def codes_at(words, POSITION: tl.constexpr, BITS: tl.constexpr, OPERAND: tl.constexpr):
+    """The codes at bit POSITION of int16 words, as operands: `code * 2**(code_position - code_exponent)`."""
+    SHIFT: tl.constexpr = code_shift(POSITION, BITS)
+    MASK: tl.constexpr = ((1 << BITS) - 1) << (POSITION - SHIFT)
+    if OPERAND == tl.float32:
+        return ((words >> POSITION) & ((1 << BITS) - 1)).to(tl.float32)
+    elif INTERPRET:
+        return ((words >> SHIFT) & MASK).to(tl.float16, bitcast=True)
+    else:
+        return tl.inline_asm_elementwise(
+            _extract_asm(SHIFT, MASK), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
+        )

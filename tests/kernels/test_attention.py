@@ -1,0 +1,225 @@
+"""Decode attention over a packed tier and a dense region, against its reference."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minikv_compile.kernels.attention import attend, attend_triton
+from minikv_compile.kernels.compress import compress_reference
+from minikv_compile.kernels.packing import BLOCK, value_group
+from minikv_compile.kernels.tuning import AttendTuning
+from minikv_compile.rotation import hadamard
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 2e-5}
+SMALL = AttendTuning(min_blocks=2, dense_tokens=64, waves=1)
+"""Several splits of tier and dense region, with few tokens."""
+
+
+@dataclass(frozen=True)
+class Case:
+    dim: int = 64
+    kv_heads: int = 1
+    ratio: int = 4
+    new: int = 1
+    dtype: torch.dtype = torch.float16
+    bits: int = 2
+    k_group: int = 64
+    k_axis: str = "token"
+    v_group: int = 64
+    rotate: bool = True
+    in_tier: tuple[int, ...] = (3, 1)
+    """Blocks in each row's tier."""
+    capacity: int = 3
+    in_dense: tuple[int, ...] = (100, 7)
+    """Tokens in each row's dense region, without the new ones."""
+    dense_capacity: int = 128
+    k_size: float = 1.0
+    v_size: float = 1.0
+    seed: int = 0
+
+
+def poison(packed, blocks):
+    """NaN metadata past each row's blocks."""
+    for t in packed[1:]:
+        for row, n in enumerate(blocks):
+            t[row, :, n:] = torch.nan
+
+
+def build(case):
+    """The arguments of `attend`, on the CPU, NaN wherever nothing valid lies."""
+    generator = torch.Generator().manual_seed(case.seed)
+    batch, length = len(case.in_tier), 1000
+
+    def random(heads, tokens, size=1.0):
+        return (torch.randn(batch, heads, tokens, case.dim, generator=generator) * size).to(case.dtype)
+
+    rotation = hadamard(case.dim) if case.rotate else None
+    tokens = torch.tensor(case.in_tier, dtype=torch.int32) * BLOCK
+    v_group = value_group(case.v_group, case.dim)
+    k_group = case.k_group if case.k_axis == "token" else value_group(case.k_group, case.dim)
+    tiers = []
+    for size, group, axis, layout in (
+        (case.k_size, k_group, case.k_axis, "key"),
+        (case.v_size, v_group, "channel", "value"),
+    ):
+        x = random(case.kv_heads, case.capacity * BLOCK, size)
+        tiers.append(
+            compress_reference(x, None, 0, tokens, case.capacity, case.bits, group, axis, layout, rotation)
+        )
+        poison(tiers[-1], case.in_tier)
+    dense = [random(case.kv_heads, case.dense_capacity, size) for size in (case.k_size, case.v_size)]
+    for x in dense:
+        for row, n in enumerate(case.in_dense):
+            x[row, :, n:] = torch.nan
+    offset = [length - case.new - n for n in case.in_dense]
+    state = torch.stack([torch.tensor(offset), torch.zeros(batch), tokens], -1).int()
+    q = random(case.kv_heads * case.ratio, case.new)
+    new = [random(case.kv_heads, case.new, size) for size in (case.k_size, case.v_size)]
+    return [q, *new, *tiers, *dense, state, length, case.dim**-0.5, case.bits, k_group, case.k_axis, v_group, rotation]
+
+
+def to_device(arguments, device):
+    def move(x):
+        if isinstance(x, tuple):
+            return tuple(t.to(device) for t in x)
+        return x.to(device, copy=True) if isinstance(x, torch.Tensor) else x
+
+    return [move(x) for x in arguments]
+
+
+def check(case, device, tuning=SMALL, edit=lambda arguments: None, largest=1.0):
+    """`edit` changes the arguments; `largest` is by how much it multiplies the size of values."""
+    arguments = build(case)
+    edit(arguments)
+    on_device = to_device(arguments, device)
+    actual = attend_triton(*on_device, tuning=tuning)
+    arguments[3:5] = [t and tuple(x.nan_to_num(0.0) for x in t) for t in arguments[3:5]]  # 0 * NaN in the reference
+    expected = attend(arguments[0].float(), *arguments[1:])
+    assert actual.dtype == case.dtype and actual.shape == expected.shape
+    tolerance = TOLERANCE[case.dtype]
+    torch.testing.assert_close(actual.float().cpu(), expected, rtol=tolerance, atol=tolerance * case.v_size * largest)
+    for ours, theirs in zip(on_device[5:7], arguments[5:7], strict=True):
+        assert torch.equal(ours.cpu().nan_to_num(7.0), theirs.nan_to_num(7.0))
+
+
+@settings(max_examples=25)
+@given(
+    dim=st.sampled_from([64, 80, 96, 128, 256]),
+    ratio=st.integers(1, 16),
+    kv_heads=st.sampled_from([1, 2]),
+    dtype=st.sampled_from(DTYPES),
+    bits=st.sampled_from([2, 4, 8]),
+    k_group=st.sampled_from([16, 32, 64, 128]),
+    k_axis=st.sampled_from(["token", "token", "channel"]),
+    v_group=st.sampled_from([16, 32, 64, 128]),
+    rotate=st.booleans(),
+    in_tier=st.integers(0, 3),
+    in_dense=st.integers(0, 120),
+    seed=st.integers(0, 9),
+)
+def test_matches_reference(device, **choices):
+    choices["in_tier"] = (choices["in_tier"],)
+    choices["in_dense"] = (choices["in_dense"],)
+    check(Case(**choices), device)
+
+
+def test_ragged_rows(device):
+    check(Case(in_tier=(3, 0, 1), in_dense=(100, 0, 64)), device)
+
+
+@pytest.mark.parametrize("new, ratio", [(2, 1), (5, 4), (16, 2)])
+def test_several_new_tokens(device, new, ratio):
+    check(Case(new=new, ratio=ratio, in_dense=(100, 0)), device)
+
+
+def test_ratio_of_seven(device):
+    check(Case(ratio=7, dim=128, in_tier=(2,), in_dense=(20,)), device)
+
+
+def test_no_tier(device):
+    def edit(arguments):
+        arguments[3] = arguments[4] = None
+
+    check(Case(new=2), device, edit=edit)
+
+
+def test_default_tuning(device):
+    check(Case(), device, tuning=AttendTuning())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("v_size", [1e-4, 1e4])
+def test_sizes_of_values(device, dtype, v_size):
+    """16-bit operands neither overflow nor lose small values."""
+    check(Case(dtype=dtype, v_size=v_size), device)
+
+
+def test_value_sizes_that_change_from_block_to_block(device):
+    def edit(arguments):
+        for meta in arguments[4][1:]:
+            meta[:, :, 1] *= 1000
+            meta[:, :, 2] /= 1000
+
+    check(Case(in_tier=(3,), in_dense=(10,), rotate=False, v_size=0.3), device, edit=edit, largest=1000.0)
+
+
+@pytest.mark.parametrize("size", [1e-3, 100.0])
+def test_sizes_of_queries(device, size):
+    def edit(arguments):
+        arguments[0] *= size
+
+    check(Case(k_size=0.3), device, edit=edit)
+
+
+def test_many_light_tokens_keep_their_weight(device):
+    """Tokens of 2**-15 of the largest weight, of which only they have a value: none may vanish."""
+
+    def edit(arguments):
+        q, k_new, v_new, (_, k_scale, k_zero), (_, v_scale, v_zero), k_dense, v_dense = arguments[:7]
+        for x in (q, k_new, v_new, k_scale, k_zero, v_zero, k_dense, v_dense):
+            x.zero_()
+        q[..., 0] = 8.0
+        k_zero[:, :, 0, 0, 0] = 15 / 1.4427  # 16 tokens with all the weight
+        v_scale.fill_(1.0)[:, :, 0, :, :16] = 0.0
+
+    check(Case(in_tier=(3,), in_dense=(10,), k_group=16, rotate=False, v_size=1e-7), device, edit=edit)
+
+
+def test_query_that_the_rotation_concentrates(device):
+    """One rotated channel is sqrt(head_dim) times the largest of q; with keys near the end of fp16 it must not overflow."""
+
+    def edit(arguments):
+        arguments[0].fill_(1e-4)
+
+    check(Case(dim=128, k_size=1e4), device, edit=edit)
+
+
+def test_layouts_of_queries_and_dense(device):
+    """Views of [batch, seq, heads, head_dim], as a projection leaves them."""
+
+    def edit(arguments):
+        for i in (0, 1, 2, 5, 6):
+            arguments[i] = arguments[i].transpose(1, 2).contiguous().transpose(1, 2)
+
+    check(Case(kv_heads=2, new=2), device, edit=edit)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_new_length_compiles_nothing(device):
+    import triton
+
+    arguments = to_device(build(Case(in_dense=(5, 5))), device)
+    attend_triton(*arguments)
+    compiled = []
+    triton.knobs.runtime.jit_post_compile_hook = lambda **kwargs: compiled.append(kwargs)
+    try:
+        for arguments[8] in (1001, 1008, 1016, 1024):
+            attend_triton(*arguments)
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = None
+    assert not compiled

@@ -1,0 +1,128 @@
+"""The compress kernel against its reference: metadata bit by bit, codes but for ties."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minikv_compile.kernels.compress import compress_reference, compress_triton, empty_packed
+from minikv_compile.kernels.packing import BLOCK, unpack, value_group
+from minikv_compile.rotation import hadamard
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+KINDS = ["normal", "constant", "large", "tiny", "not finite"]
+
+
+def values(kind, shape, dtype, seed):
+    """Random [batch, heads, seq, dim] on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    if kind == "constant":
+        x = x[..., :1, :].expand(shape).clone()
+    elif kind == "large":
+        x = x * torch.finfo(dtype).max / 8
+        x[..., ::7, ::5] = torch.finfo(dtype).max
+        x[..., 3::7, ::5] = -torch.finfo(dtype).max
+    elif kind == "tiny":
+        x = x * torch.finfo(dtype).tiny * 4
+    elif kind == "not finite":
+        x[torch.rand(shape, generator=generator) < 0.1] = torch.nan
+        x[torch.rand(shape, generator=generator) < 0.1] = torch.inf
+        x[torch.rand(shape, generator=generator) < 0.1] = -torch.inf
+    return x.to(dtype)
+
+
+def assert_same_codes(actual, expected, bits, layout, most):
+    """Codes differ by at most one, in at most a fraction `most` of the places: where a value lies between two codes."""
+    difference = (unpack(actual, bits, layout) - unpack(expected, bits, layout)).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() <= most
+
+
+def check(device, x, index, start, tokens, blocks, bits, group, axis, layout, rotation):
+    expected = compress_reference(x, index, start, tokens, blocks, bits, group, axis, layout, rotation)
+    on_device = [t if t is None else t.to(device) for t in (index, tokens, rotation)]
+    actual = compress_triton(
+        x.to(device), on_device[0], start, on_device[1], blocks, bits, group, axis, layout, on_device[2]
+    )
+    codes, scale, zero = (t.cpu() for t in actual)
+    assert codes.shape == expected[0].shape and scale.dtype == expected[1].dtype
+    if rotation is None:
+        assert torch.equal(scale, expected[1]) and torch.equal(zero, expected[2])
+    else:
+        # One step of the dtype of x at the size of a value, where the rotated value was rounded the other way.
+        step = max(torch.finfo(x.dtype).eps, torch.finfo(scale.dtype).eps) * 2
+        torch.testing.assert_close(scale, expected[1], rtol=step, atol=step * 2)
+        torch.testing.assert_close(zero, expected[2], rtol=step, atol=step)
+    assert_same_codes(codes, expected[0], bits, layout, most=1e-3 if rotation is None else 2e-2)
+
+
+@settings(max_examples=40)
+@given(
+    dim=st.sampled_from([64, 80, 96, 128, 256]),
+    dtype=st.sampled_from(DTYPES),
+    bits=st.sampled_from([2, 4, 8]),
+    group=st.sampled_from([16, 32, 64, 128]),
+    axis=st.sampled_from(["token", "channel"]),
+    layout=st.sampled_from(["key", "value"]),
+    filled=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    start=st.integers(0, 5),
+    kind=st.sampled_from(KINDS),
+    rotate=st.booleans(),
+    gather=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_matches_reference(device, dim, dtype, bits, group, axis, layout, filled, start, kind, rotate, gather, seed):
+    rotate = rotate and kind in ("normal", "constant")
+    group = group if axis == "token" else value_group(group, dim)
+    seq = 2 * BLOCK + 5
+    x = values(kind, (2, 1, seq, dim), dtype, seed)
+    index = torch.stack([torch.randperm(seq), torch.randperm(seq)])[:, None] if gather else None
+    tokens = torch.tensor(filled, dtype=torch.int32) * BLOCK
+    check(device, x, index, start, tokens, 2, bits, group, axis, layout, hadamard(dim) if rotate else None)
+
+
+def test_strided_heads(device):
+    x = values("normal", (2, 140, 3, 64), torch.bfloat16, 0).transpose(1, 2)
+    tokens = torch.full((2,), BLOCK, dtype=torch.int32)
+    check(device, x, None, 4, tokens, 1, 2, 64, "token", "key", None)
+
+
+@pytest.mark.parametrize("axis, layout", [("token", "key"), ("channel", "value")])
+@pytest.mark.parametrize("rotate", [False, True])
+def test_into_existing_storage(device, axis, layout, rotate):
+    """A flush writes its own blocks, at each row's own place, and no others."""
+    dim, bits, group = 64, 2, 32
+    x = values("normal", (3, 2, 3 * BLOCK, dim), torch.bfloat16, 1)
+    rotation = hadamard(dim) if rotate else None
+    tokens = torch.tensor([2 * BLOCK, 0, BLOCK], dtype=torch.int32)
+    first = torch.tensor([1, 4, 3], dtype=torch.int32)
+    storage = empty_packed(3, 2, 5, dim, bits, group, axis, layout, x.dtype, torch.device("cpu"))
+    for t in storage:
+        t.fill_(7)
+    expected = compress_reference(
+        x, None, 4, tokens, 2, bits, group, axis, layout, rotation, tuple(t.clone() for t in storage), first
+    )
+    target = tuple(t.to(device, copy=True) for t in storage)
+    matrix = None if rotation is None else rotation.to(device)
+    result = compress_triton(
+        x.to(device), None, 4, tokens.to(device), 2, bits, group, axis, layout, matrix, target, first.to(device)
+    )
+    assert result is target
+    for actual, want, before in zip(target, expected, storage, strict=True):
+        assert torch.equal(want[0, :, [0, 3, 4]], before[0, :, [0, 3, 4]]) and torch.equal(want[1], before[1])
+        changed = (want != before).flatten(3).any(-1)
+        assert changed[0, :, 1:3].all() and changed[2, :, 3].all()
+        assert not (actual.cpu() != before).flatten(3).any(-1)[~changed].any()
+    assert_same_codes(target[0].cpu(), expected[0], bits, layout, most=2e-2)
+    torch.testing.assert_close(target[1].cpu(), expected[1], rtol=2**-6, atol=2**-7)
+
+
+def test_refuses_storage_with_gaps(device):
+    x = torch.zeros(1, 1, BLOCK, 64, device=device)
+    tokens = torch.full((1,), BLOCK, dtype=torch.int32, device=device)
+    storage = empty_packed(1, 1, 2, 64, 2, 64, "token", "key", x.dtype, device)
+    with pytest.raises(ValueError, match="contiguous"):
+        compress_triton(
+            x, None, 0, tokens, 1, 2, 64, "token", "key", None, tuple(t.transpose(-1, -2) for t in storage), tokens
+        )
