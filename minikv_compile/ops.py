@@ -238,7 +238,7 @@ def tier_shapes(config: MiniKVConfig, role: str, blocks: int, dim: int) -> tuple
 @custom_op("minikv::decode_attention", mutates_args=("k_dense", "v_dense"))
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, k_tier: Sequence[Tensor], v_tier: Sequence[Tensor], k_dense: Tensor,
-    v_dense: Tensor, state: Tensor, length: int, scale: float, config: str,
+    v_dense: Tensor, state: Tensor, length: int, scale: float, config: str, padding: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Append the new tokens to the dense regions, and attend from them over tier and dense region.
 
@@ -247,11 +247,20 @@ def decode_attention(
         k_tier, v_tier: codes, scale and zero, or nothing (16 bits). k_dense, v_dense: written in place; the caller has
             made room (`KVTensor.reserve`).
         state: int32 [batch, 3] of the keys. length: logical tokens, without the new ones.
+        padding: [batch, length + n], false for padding; None if none of the new tokens can be.
 
     Returns:
         [batch, heads, n, head_dim].
+
+    Raises:
+        ValueError: a new token is padding.
     """
     settings = MiniKVConfig.from_json(config)
+    if padding is not None and not padding[:, length : length + q.shape[2]].all():
+        raise ValueError(
+            f"There is padding among the {q.shape[2]} tokens that follow a compressed cache of {length}: continue the "
+            "rows of the batch with equally many tokens, or one row at a time."
+        )
     dim = q.shape[-1]
     return attention.attend(
         q, k, v, tuple(k_tier) or None, tuple(v_tier) or None, k_dense, v_dense, state, length + k.shape[2], scale,
@@ -261,7 +270,7 @@ def decode_attention(
 
 
 @decode_attention.register_fake
-def _(q, k, v, k_tier, v_tier, k_dense, v_dense, state, length, scale, config):
+def _(q, k, v, k_tier, v_tier, k_dense, v_dense, state, length, scale, config, padding=None):
     return q.new_empty(q.shape)
 
 

@@ -129,9 +129,9 @@ class Rewriter:
         if key.past is None:
             self._prefill(site, key, value, valid)
             return "prefill"
-        if valid is not None and not same(new, 1):
-            raise NotTaken("several padded tokens on a compressed past: feed each row's tokens without padding")
-        self._decode(site, key, value)
+        # One check for all layers: the first site makes it.
+        checked = valid if not same(new, 1) and site.layer == 0 else None
+        self._decode(site, key, value, checked)
         return "decode" if same(new, 1) else "extend"
 
     def _padding(self, site: Site, new: Any, tokens: Any) -> Node | None:
@@ -178,7 +178,7 @@ class Rewriter:
         if scores is not None:
             erase_dead(self.graph, [site.node])
 
-    def _decode(self, site: Site, key: functional.Slot, value: functional.Slot) -> None:
+    def _decode(self, site: Site, key: functional.Slot, value: functional.Slot, padding: Node | None) -> None:
         tier = [name for name in ("codes", "scale", "zero") if self.config.bits < 16]
         past = key.past, value.past
         with self.graph.inserting_before(site.node):
@@ -188,7 +188,7 @@ class Rewriter:
                 minikv.decode_attention.default,
                 (
                     site.query, key.new, value.new, k_tier, v_tier, k_dense, v_dense, self.field(key.past, "state"),
-                    self.field(key.past, "length"), site.scale, self.config.to_json(),
+                    self.field(key.past, "length"), site.scale, self.config.to_json(), padding,
                 ),
             )  # fmt: skip
         out.meta["example_value"] = example(site.node)
