@@ -82,7 +82,7 @@ def main(
     with Progress(console=console, transient=True) as progress, torch.no_grad():
         bar = progress.add_task("prompts", total=len(samples) * prompts * len(methods.split(",")) * len(places.split(",")))
         for method in methods.split(","):
-            config = None if method == FULL else MiniKVConfig.preset(method)
+            config = None if method == FULL else parse_method(method)
             with compiled_forward(lm, config, inner_for(lm, inner)):
                 for place in places.split(","):
                     size = batch if place == "inside" else 1
@@ -101,6 +101,13 @@ def main(
     print_table(console, cells)
     if json_file is not None:
         json_file.write_text(json.dumps({**provenance(lm.device), "dtype": dtype, "cells": cells}, indent=1) + "\n")
+
+
+def parse_method(text: str) -> MiniKVConfig:
+    """A preset, with changes to single fields: "default:group=32:window=32"."""
+    preset, *changes = text.split(":")
+    pairs = (change.split("=") for change in changes)
+    return MiniKVConfig.preset(preset, **{name: value if value.isalpha() else json.loads(value) for name, value in pairs})
 
 
 def print_table(console: Console, cells: list[dict]) -> None:

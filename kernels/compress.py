@@ -26,6 +26,7 @@ def compress_reference(
     axis: GroupAxis,
     layout: Layout,
     rotation: Tensor | None,
+    clip: float = 1.0,
     out: Packed | None = None,
     first_block: Tensor | None = None,
 ) -> Packed:
@@ -37,6 +38,7 @@ def compress_reference(
         tokens: int [batch], each a multiple of BLOCK, at most `blocks * BLOCK`.
         blocks: capacity in blocks. What lies past a row's tokens is zero.
         rotation: orthogonal fp32 [head_dim, head_dim], applied before quantizing, or None.
+        clip: as in `packing.quantize`.
         out: write into these instead, whatever their capacity: only blocks `first_block[b] ... first_block[b] +
             tokens[b] / BLOCK - 1` of row b. `blocks` then only bounds the tokens of a row.
         first_block: int [batch], with `out`.
@@ -53,7 +55,7 @@ def compress_reference(
     picked = x.gather(2, source[..., None].expand(-1, -1, -1, dim)).masked_fill(~filled[:, None, :, None], 0.0)
     if rotation is not None:
         picked = (picked.float() @ rotation).to(x.dtype)
-    codes, scale, zero = quantize(picked.view(batch, heads, blocks, BLOCK, dim), bits, group, axis)
+    codes, scale, zero = quantize(picked.view(batch, heads, blocks, BLOCK, dim), bits, group, axis, clip)
     packed = pack(codes, bits, layout), scale, zero
     if out is None:
         return packed
@@ -82,7 +84,7 @@ def _rotated(x_ptr, x_mask, ROTATION, channel, D: tl.constexpr, DP: tl.constexpr
 
 @triton.jit(do_not_specialize=["start", "kept", "capacity"])
 def _compress_kernel(
-    X, INDEX, TOKENS, FIRST, ROTATION, CODES, SCALE, ZERO, stride_xb, stride_xh, stride_xs, start, kept, capacity,
+    X, INDEX, TOKENS, FIRST, ROTATION, CODES, SCALE, ZERO, stride_xb, stride_xh, stride_xs, start, kept, capacity, inset,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHANNELS: tl.constexpr, STEP: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, TOKEN_AXIS: tl.constexpr, KEY_LAYOUT: tl.constexpr,
     HAS_INDEX: tl.constexpr, ROTATE: tl.constexpr, IN_PLACE: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
@@ -124,6 +126,9 @@ def _compress_kernel(
         some = low <= high
         low = tl.where(some, low, 0.0)
         high = tl.where(some, high, 0.0)
+        shrink = high * inset - low * inset
+        low += shrink
+        high -= shrink
         TOP: tl.constexpr = 2**BITS - 1
         span = tl.div_rn(high, tl.full(high.shape, TOP, tl.float32)) - tl.div_rn(
             low, tl.full(low.shape, TOP, tl.float32)
@@ -186,6 +191,7 @@ def compress_triton(
     axis: GroupAxis,
     layout: Layout,
     rotation: Tensor | None,
+    clip: float = 1.0,
     out: Packed | None = None,
     first_block: Tensor | None = None,
     tuning: CompressTuning = COMPRESS,
@@ -205,6 +211,7 @@ def compress_triton(
     _compress_kernel[blocks, heads * triton.cdiv(padded, channels), batch](
         x, x if index is None else index.contiguous(), tokens, tokens if first_block is None else first_block, matrix,
         *out, *x.stride()[:3], start, 0 if index is None else index.shape[2], out[0].shape[2],
+        (1 - clip) / 2,
         HEADS=heads, D=dim, DP=padded, CHANNELS=channels, STEP=min(padded, tuning.contracted), BITS=bits, GROUP=group,
         TOKEN_AXIS=axis == "token", KEY_LAYOUT=layout == "key", HAS_INDEX=index is not None,
         ROTATE=rotation is not None, IN_PLACE=in_place, LIMIT=torch.finfo(out[1].dtype).max, BLOCK=BLOCK,
@@ -224,6 +231,7 @@ def compress(
     axis: GroupAxis,
     layout: Layout,
     rotation: Tensor | None,
+    clip: float = 1.0,
     out: Packed | None = None,
     first_block: Tensor | None = None,
 ) -> Packed:
@@ -234,4 +242,4 @@ def compress(
     rounded to the dtype of `x`; a token that holds inf rotates to NaN (code 0) throughout.
     """
     run = compress_triton if x.is_cuda else compress_reference
-    return run(x, index, start, tokens, blocks, bits, group, axis, layout, rotation, out, first_block)
+    return run(x, index, start, tokens, blocks, bits, group, axis, layout, rotation, clip, out, first_block)

@@ -62,12 +62,16 @@ def _stored(meta: Tensor, axis: GroupAxis) -> Tensor:
     return meta if axis == "token" else meta.transpose(-1, -2).clone(memory_format=torch.contiguous_format)
 
 
-def quantize(x: Tensor, bits: int, group: int, axis: GroupAxis) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(
+    x: Tensor, bits: int, group: int, axis: GroupAxis, clip: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Asymmetric min/max quantization of whole blocks.
 
     Args:
         x: [..., blocks, BLOCK, head_dim], fp16, bf16 or fp32. Values that are not finite take no part in a group's
             range: inf takes the last code, -inf and NaN the first.
+        clip: the share of a group's range that its codes span, about its middle; what lies outside takes the nearest
+            code. Below 1 it trades the largest values' error for everyone's: few codes fit a bell curve better so.
 
     Returns:
         codes: int32 [..., blocks, BLOCK, head_dim], fitted to scale and zero *as stored*, so that their rounding adds
@@ -83,6 +87,9 @@ def quantize(x: Tensor, bits: int, group: int, axis: GroupAxis) -> tuple[Tensor,
     high = torch.where(finite, values, -torch.inf).amax(dim)
     some = low <= high
     low, high = torch.where(some, low, 0.0), torch.where(some, high, 0.0)
+    inset = (1 - clip) / 2
+    shrink = high * inset - low * inset
+    low, high = low + shrink, high - shrink
     limit = torch.finfo(dtype).max
     zero = low.clamp(-limit, limit).to(dtype)
     # high - low could overflow fp32, the difference of the quotients cannot.

@@ -14,12 +14,14 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def causal_attention_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The same on CUDA, with the natural log-sum-exp, fp32 [batch, heads, seq].
+def causal_attention_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+    """The same with the natural log-sum-exp, fp32 [batch, heads, seq]; on a CPU, where `scores` needs none, None.
 
     cuDNN's kernel, the fastest on Hopper, takes 16-bit inputs and head dimensions up to 128 (a multiple of 8);
     flash attention up to 256; fp32 goes to the memory-efficient kernel.
     """
+    if not q.is_cuda:
+        return causal_attention(q, k, v, scale), None
     seq, dim = q.shape[2:]
     if q.dtype == torch.float32:
         repeats = q.shape[1] // k.shape[1]

@@ -140,13 +140,14 @@ def column_scores_triton(
 
 
 def column_scores(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float, lengths: Tensor | None = None, last: int | None = None
+    q: Tensor, k: Tensor, lse: Tensor | None, scale: float, lengths: Tensor | None = None, last: int | None = None
 ) -> Tensor:
     """The second pass of a two-pass prefill: only q @ k^T is computed again, the softmax is known from `lse`.
 
     Args:
         q: [batch, heads, seq, head_dim]; k: [batch, kv_heads, seq, head_dim]; fp16, bf16 or fp32, any strides.
-        lse: fp32 [batch, heads, seq], natural log-sum-exp of each query's logits, from the attention kernel.
+        lse: fp32 [batch, heads, seq], natural log-sum-exp of each query's logits, from the attention kernel; on a CPU it may be
+            None.
         scale: of the logits.
         lengths, last: see `column_scores_reference`, which needs no `lse`.
 

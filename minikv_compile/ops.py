@@ -74,14 +74,11 @@ def prefill_attention(
     if padded:
         # With the valid tokens first, causality alone masks the padding: no [seq, seq] mask.
         q, k, v = (take_tokens(x, order) for x in (q, k, v))
-    if not scored:
-        out, columns = prefill.causal_attention(q, k, v, scale), q.new_empty(0, dtype=torch.float32)
-    elif q.is_cuda:
+    if scored:
         out, lse = prefill.causal_attention_lse(q, k, v, scale)
         columns = scores.column_scores(q, k, lse, scale, lengths.to(q.device) if padded else None)
     else:
-        out = prefill.causal_attention(q, k, v, scale)
-        columns = scores.column_scores_reference(q, k, scale, lengths if padded else None)
+        out, columns = prefill.causal_attention(q, k, v, scale), q.new_empty(0, dtype=torch.float32)
     if padded:
         out = take_tokens(out, order.argsort(dim=-1))
     return out.contiguous(), columns
@@ -119,11 +116,6 @@ def dense_capacity(config: MiniKVConfig, used: int) -> int:
 def blocks_to_flush(used: int, n: int, capacity: int, config: MiniKVConfig) -> int:
     """Blocks that a row with `used` tokens in its dense region moves to its tier to make room for `n` more."""
     return max(0, used - config.sinks - config.window) // BLOCK if used + n > capacity else 0
-
-
-def pack_tokens(x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
-    """`kernels.compress` on the device of `x`."""
-    return (compress.compress if x.is_cuda else compress.compress_reference)(x, *args, **kwargs)
 
 
 def grouping(config: MiniKVConfig, role: str, head_dim: int) -> tuple[int, str]:
@@ -187,7 +179,8 @@ def compress_prompt(
         if settings.bits < 16:
             group, axis = grouping(settings, role, dim)
             blocks = max(max(packed) // BLOCK, MIN_BLOCKS)
-            out += pack_tokens(x, index, settings.sinks, tier, blocks, settings.bits, group, axis, role, rotation)
+            out += compress.compress(x, index, settings.sinks, tier, blocks, settings.bits, group, axis, role, rotation,
+                               settings.range_share)  # fmt: skip
         offset = torch.tensor([seq - n for n in in_dense], dtype=torch.int32, device=k.device)
         out += [take_tokens(x, source), torch.stack([offset, _not_finite(x, counted), tier], -1)]
         if settings.drops or padded:
@@ -293,9 +286,9 @@ def flush(
     full = (in_dense + n > capacity).int()
     tokens = full * ((in_dense - settings.sinks - settings.window) // BLOCK).clamp(0, blocks) * BLOCK
     group, axis = grouping(settings, role, dim)
-    pack_tokens(
+    compress.compress(
         dense, None, settings.sinks, tokens, blocks, settings.bits, group, axis, role,
-        rotation_matrix(settings.rotation, dim, dense.device), out=(codes, scale, zero),
+        rotation_matrix(settings.rotation, dim, dense.device), settings.range_share, out=(codes, scale, zero),
         first_block=state[:, IN_TIER] // BLOCK,
     )  # fmt: skip
     slot = torch.arange(dense.shape[2], device=dense.device)

@@ -101,12 +101,12 @@ def test_into_existing_storage(device, axis, layout, rotate):
     for t in storage:
         t.fill_(7)
     expected = compress_reference(
-        x, None, 4, tokens, 2, bits, group, axis, layout, rotation, tuple(t.clone() for t in storage), first
+        x, None, 4, tokens, 2, bits, group, axis, layout, rotation, 0.75, tuple(t.clone() for t in storage), first
     )
     target = tuple(t.to(device, copy=True) for t in storage)
     matrix = None if rotation is None else rotation.to(device)
     result = compress_triton(
-        x.to(device), None, 4, tokens.to(device), 2, bits, group, axis, layout, matrix, target, first.to(device)
+        x.to(device), None, 4, tokens.to(device), 2, bits, group, axis, layout, matrix, 0.75, target, first.to(device)
     )
     assert result is target
     for actual, want, before in zip(target, expected, storage, strict=True):
@@ -124,5 +124,5 @@ def test_refuses_storage_with_gaps(device):
     storage = empty_packed(1, 1, 2, 64, 2, 64, "token", "key", x.dtype, device)
     with pytest.raises(ValueError, match="contiguous"):
         compress_triton(
-            x, None, 0, tokens, 1, 2, 64, "token", "key", None, tuple(t.transpose(-1, -2) for t in storage), tokens
+            x, None, 0, tokens, 1, 2, 64, "token", "key", None, 1.0, tuple(t.transpose(-1, -2) for t in storage), tokens
         )
