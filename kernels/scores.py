@@ -38,11 +38,14 @@ def column_scores_reference(
     for low in range(0, seq, chunk):
         rows = position[low : low + chunk]
         high = min(low + chunk, seq)  # causal: later keys are not seen
-        query = q[:, :, low:high].to(dtype).reshape(batch, kv_heads, -1, dim)
-        logits = (query @ keys[..., :high] * scale).view(batch, kv_heads, -1, len(rows), high)
-        probs = logits.masked_fill(position[:high] > rows[:, None], -torch.inf).softmax(-1)
+        query = q[:, :, low:high].to(dtype).reshape(batch, kv_heads, -1, dim) * scale
+        logits = (query @ keys[..., :high]).view(batch, kv_heads, -1, len(rows), high)
+        logits[..., low:].masked_fill_(position[low:high] > rows[:, None], -torch.inf)
+        exps = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
         counts = (rows >= first[:, None]) & (rows < lengths[:, None])  # [batch, rows]
-        scores[..., :high] += (probs * counts[:, None, None, :, None]).sum((2, 3))
+        # The sum over queries of exps / their sum, as one product.
+        weights = counts[:, None, None] / exps.sum(-1)
+        scores[..., :high] += (weights.view(batch, kv_heads, 1, -1) @ exps.view(batch, kv_heads, -1, high))[..., 0, :]
     return scores
 
 
