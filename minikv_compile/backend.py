@@ -58,7 +58,7 @@ class MiniKVBackend:
         originals = [node for node in module.graph.nodes if node.op == "placeholder"]
         if os.environ.get("MINIKV_DISABLE") == "1" and not any(isinstance(example(n), KVTensor) for n in originals):
             return inner(module, example_inputs)
-        rewriter = Rewriter(module, self.config)
+        rewriter = Rewriter(module, self.config, fused=self.inner == "inductor")
         rewritten = rewriter.run()
         if not rewritten.sites and not rewritten.fields:
             return inner(module, example_inputs)
@@ -83,7 +83,10 @@ class MiniKVBackend:
     def _report(self, sites: list[SiteReport]) -> None:
         self.graphs.append(sites)
         taken = [site for site in sites if site.rewritten]
-        reasons = {site.reason: site for site in sites if not site.rewritten}
+        reasons: dict[str, SiteReport] = {}
+        for site in sites:
+            if not site.rewritten:
+                reasons.setdefault(site.reason, site)
         compat.count(rewritten=len(taken), skipped=len(sites) - len(taken))
         log.info(
             "%d attention sites, %d rewritten (%s), %d left alone", len(sites), len(taken),

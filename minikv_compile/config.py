@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from .kernels.packing import BLOCK, value_group
 from .policy import LAYER_BUDGETS, POLICIES
@@ -25,7 +25,7 @@ class ConfigError(ValueError):
     """A field of `MiniKVConfig` is out of range; the message names it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MiniKVConfig:
     """How a backend compresses the KV cache. Immutable, hashable, validated.
 
@@ -82,11 +82,12 @@ class MiniKVConfig:
         def share(value: object) -> bool:
             return count(value) or (isinstance(value, float) and 0.0 <= value <= 1.0)
 
+        check(isinstance(self.skip_layers, (tuple, list)), "skip_layers", "a tuple of layer indices")
         object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
         check(self.bits in (2, 4, 8, 16), "bits", "2, 4, 8 or 16")
         check(self.group in (16, 32, 64, 128), "group", "16, 32, 64 or 128 values")
         check(
-            self.clip is None or (isinstance(self.clip, (int, float)) and 0 < self.clip <= 1), "clip",
+            self.clip is None or (type(self.clip) in (int, float) and 0 < self.clip <= 1), "clip",
             "a share of the range in (0, 1], or None",
         )  # fmt: skip
         check(self.rotation in ROTATIONS, "rotation", f"one of {', '.join(ROTATIONS)}")
@@ -100,9 +101,7 @@ class MiniKVConfig:
         check(share(self.heavy), "heavy", "a share of the prompt in [0.0, 1.0] or a number of tokens")
         check(share(self.recent), "recent", "a share of the prompt in [0.0, 1.0] or a number of tokens")
         check(self.layer_budget in LAYER_BUDGETS, "layer_budget", f"one of {', '.join(LAYER_BUDGETS)}")
-        check(
-            isinstance(self.pyramid_depth, (int, float)) and self.pyramid_depth >= 1, "pyramid_depth", "at least 1"
-        )
+        check(type(self.pyramid_depth) in (int, float) and self.pyramid_depth >= 1, "pyramid_depth", "at least 1")
         check(
             all(isinstance(layer, int) and not isinstance(layer, bool) for layer in self.skip_layers),
             "skip_layers", "a tuple of layer indices",
@@ -155,7 +154,21 @@ class MiniKVConfig:
 
     def to_json(self) -> str:
         """One line that `from_json` turns back into an equal configuration: what ops and saved caches carry."""
+        return self._json
+
+    @cached_property
+    def _json(self) -> str:
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+
+    # As text, because 1 token and a share of 1.0 are equal numbers.
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, MiniKVConfig) and self._json == other._json)
+
+    def __hash__(self) -> int:
+        return hash(self._json)
+
+    def __deepcopy__(self, memo: dict) -> MiniKVConfig:
+        return self
 
     @staticmethod
     @lru_cache

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torchao.utils import TorchAOBaseTensor
 
-from .kernels.packing import BLOCK, GroupAxis, Layout, dequantize, pack, quantize, unpack
+from .kernels.packing import BLOCK, GroupAxis, Layout, dequantize, pack, quantize, to_dtype, unpack
 
 
 class DenseOnUse(TorchAOBaseTensor):
@@ -19,15 +19,22 @@ class DenseOnUse(TorchAOBaseTensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func._schema.is_mutable and any(isinstance(arg, DenseOnUse) for arg in args[:1]):
+            raise cls._read_only(func)
         rule = cls._ATEN_OP_TABLE[cls].get(func)
         if rule is not None:
             result = rule(func, types, args, kwargs)
             if result is not NotImplemented:
                 return result
-        if func._schema.is_mutable and any(isinstance(arg, DenseOnUse) for arg in args[:1]):
-            raise RuntimeError(f"{func} would write into {args[0]!r}, which is compressed: write into .dequantize().")
         args, kwargs = tree_map_only(DenseOnUse, lambda t: t.as_operand(func), (args, kwargs))
         return func(*args, **kwargs)
+
+    @classmethod
+    def _read_only(cls, func) -> RuntimeError:
+        return RuntimeError(f"{func} would write into a {cls.__name__}, which is compressed: write into .dequantize().")
+
+    def __setitem__(self, index, value):
+        raise self._read_only("x[...] = value")
 
     def as_operand(self, func) -> Tensor:
         """What stands in for this tensor where `func` has no rule for it."""
@@ -88,7 +95,8 @@ class PackedInt(DenseOnUse):
     def dequantize(self) -> Tensor:
         """The values, in the logical dtype and shape."""
         codes = unpack(self.codes, self.bits, self.order)
-        return dequantize(codes, self.scale, self.zero, self.group, self.axis).flatten(2, 3).to(self.logical_dtype)
+        values = dequantize(codes, self.scale, self.zero, self.group, self.axis).flatten(2, 3)
+        return to_dtype(values, self.logical_dtype)
 
     def _apply_fn_to_data(self, fn) -> PackedInt:
         attributes = (getattr(self, name) for name in self.tensor_attribute_names)
@@ -113,3 +121,6 @@ def _(func, types, args, kwargs):
     moved = PackedInt(*(getattr(moved, n) for n in PackedInt.tensor_data_names), packed.bits, packed.group, packed.axis,
                       packed.order, dtype or packed.dtype)  # fmt: skip
     return moved
+
+
+torch.serialization.add_safe_globals([PackedInt])

@@ -65,8 +65,8 @@ class CacheReport:
         return 8 * self.bytes / elements if elements else 0.0
 
     def __str__(self) -> str:
-        table = Table(title=f"KV cache: {self.bytes:,} bytes, {self.bytes / max(self.dense_bytes, 1):.1%} of dense, "
-                            f"{self.bits_per_element:.2f} bits per element")  # fmt: skip
+        share = self.bytes / max(self.dense_bytes, 1)
+        table = Table(title=f"{self.bytes:,} bytes, {share:.1%} of dense\n{self.bits_per_element:.2f} bits per element")
         for name in ("layer", "tokens", "kept", "bytes", "dense bytes", "share"):
             table.add_column(name, justify="right")
         for layer in self.layers:

@@ -25,6 +25,7 @@ class Occupancy:
     def __init__(self, offsets: list[int], blocks: list[int]):
         self.offsets = offsets  # of each row: `length - offset` tokens are in its dense region
         self.blocks = blocks  # of each row's tier, in use
+        self.oversized = False  # the dense region was enlarged for many new tokens at once
         self.not_finite = 0  # tokens with NaN or inf that were reported
         self._tensors: list[weakref.ref[KVTensor]] = []
 
@@ -34,7 +35,9 @@ class Occupancy:
         return cls([row[OFFSET] for row in state], [row[IN_TIER] // BLOCK for row in state])
 
     def copy(self) -> Occupancy:
-        return Occupancy(list(self.offsets), list(self.blocks))
+        copied = Occupancy(list(self.offsets), list(self.blocks))
+        copied.oversized, copied.not_finite = self.oversized, self.not_finite
+        return copied
 
     def used(self, length: int) -> int:
         """Tokens in the dense region of the fullest row."""
@@ -190,14 +193,18 @@ class KVTensor(DenseOnUse):
         another living tensor looks into it.
         """
         length = self.shape[SEQ] + n
-        if self.occupancy.used(length) <= self.dense.shape[SEQ] and not self.occupancy.shared:
+        fits = self.occupancy.used(length) <= self.dense.shape[SEQ]
+        if fits and not self.occupancy.shared and not self.occupancy.oversized:
             return self
         with compat.outside_inference_mode():
             kv = self.clone() if self.occupancy.shared else self
-            if kv.occupancy.used(length) > kv.dense.shape[SEQ]:
+            if kv.occupancy.oversized:
+                kv._flush(n, dense_capacity(kv.config, 0))
+                kv._resize_dense(n)
+            elif not fits:
                 kv._flush(n, kv.dense.shape[SEQ])
-            if kv.occupancy.used(length) > kv.dense.shape[SEQ]:
-                kv._resize_dense(dense_capacity(kv.config, kv.occupancy.used(length)))
+                if kv.occupancy.used(length) > kv.dense.shape[SEQ]:
+                    kv._resize_dense(n)
             return kv
 
     def _flush(self, n: int, capacity: int) -> None:
@@ -222,18 +229,16 @@ class KVTensor(DenseOnUse):
         occupancy.blocks = [b + new for b, new in zip(occupancy.blocks, blocks, strict=True)]
         occupancy.offsets = [o + new * BLOCK for o, new in zip(occupancy.offsets, blocks, strict=True)]
 
-    def _resize_dense(self, capacity: int) -> None:
-        self.dense = _resized(self.dense, capacity)
+    def _resize_dense(self, n: int) -> None:
+        """Fit the dense region to its tokens and `n` more."""
+        capacity = dense_capacity(self.config, self.occupancy.used(self.shape[SEQ] + n))
+        self.occupancy.oversized = self.config.bits < 16 and capacity > dense_capacity(self.config, 0)
+        if capacity != self.dense.shape[SEQ]:
+            self.dense = _resized(self.dense, capacity)
 
     def longer(self, n: int) -> KVTensor:
         """This tensor after `n` tokens were written behind its last, in the same storage."""
-        new = KVTensor(self.tensors(), self.config, self.role, self.shape[SEQ] + n, self.occupancy)
-        nominal = dense_capacity(self.config, 0)
-        if n > 1 and self.config.bits < 16 and self.dense.shape[SEQ] > nominal:
-            with compat.outside_inference_mode():
-                new._flush(1, nominal)
-                new._resize_dense(dense_capacity(self.config, new.occupancy.used(new.shape[SEQ])))
-        return new.mark_dynamic()
+        return KVTensor(self.tensors(), self.config, self.role, self.shape[SEQ] + n, self.occupancy).mark_dynamic()
 
     def append(self, new: Tensor) -> KVTensor:
         """`torch.cat([self, new], 2)`."""
@@ -259,6 +264,13 @@ class KVTensor(DenseOnUse):
                 f"New {self.role}s are {new.dtype} on {new.device}, the compressed cache is {self.dtype} on "
                 f"{self.device}: move the cache with .to(...) or start a new one."
             )
+
+    def repeat_interleave(self, repeats, dim=None, *, output_size=None):
+        """Rows of the batch keep the type; anything else is dense."""
+        if dim not in (0, -4) or not isinstance(repeats, int):
+            return self.as_operand("repeat_interleave").repeat_interleave(repeats, dim, output_size=output_size)
+        rows = torch.arange(self.shape[0], device=self.device).repeat_interleave(repeats)
+        return self.index_select(0, rows)
 
     def crop(self, length: int) -> KVTensor:
         """The first `length` tokens, in the same storage: a rollback, exact while no quantized token is given up.
@@ -332,13 +344,15 @@ def _batch_rule(func, kv: KVTensor, *args) -> KVTensor:
     known, batch, occupancy = kv.occupancy, tensors["state"].shape[0], None
     if len(set(known.offsets)) == len(set(known.blocks)) == 1:
         occupancy = Occupancy(known.offsets[:1] * batch, known.blocks[:1] * batch)
+        occupancy.oversized, occupancy.not_finite = known.oversized, known.not_finite
     return KVTensor(tensors, kv.config, kv.role, kv.shape[SEQ], occupancy).mark_dynamic()
 
 
 @KVTensor.implements(aten.cat.default)
 def _(func, types, args, kwargs):
     tensors, dim = args[0], args[1] if len(args) > 1 else 0
-    first, *rest = tensors
+    # `DynamicCache` starts by appending to an empty tensor.
+    first, *rest = [t for t in tensors if isinstance(t, KVTensor) or t.numel()]
     if not isinstance(first, KVTensor) or dim % 4 != SEQ or any(isinstance(t, KVTensor) for t in rest):
         return NotImplemented
     for new in rest:
@@ -348,7 +362,9 @@ def _(func, types, args, kwargs):
 
 @KVTensor.implements([aten.detach.default, aten.alias.default])
 def _(func, types, args, kwargs):
-    return KVTensor(args[0].tensors(), args[0].config, args[0].role, args[0].shape[SEQ], args[0]._occupancy)
+    kv = args[0]
+    shared = None if compat.is_fake(kv.dense) else kv.occupancy
+    return KVTensor(kv.tensors(), kv.config, kv.role, kv.shape[SEQ], shared)
 
 
 @KVTensor.implements(aten.clone.default)

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from ..tensor import SEQ, KVTensor
 from .graph import argument, example, is_call, same, shape
-from .sites import NotTaken
+from .sites import NotKept, NotTaken
 
 NAME = "cat"
 
@@ -55,7 +55,7 @@ def read_slot(node: Node, kept: Collection[Node]) -> Slot:
         readers = ", ".join(sorted(user.name for user in past.users if user is not node))
         raise NotTaken(f"its compressed past is read elsewhere in the graph ({readers})")
     if node not in kept:
-        raise NotTaken("its keys and values are not kept (use_cache=False): nothing to compress")
+        raise NotKept("its keys and values are not kept (use_cache=False): nothing to compress")
     if past is not None and not same(shape(new)[0], shape(past)[0]):
         raise NotTaken("batch of the new tokens differs from the cache's")
     return Slot(node, new, past)

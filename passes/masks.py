@@ -7,13 +7,14 @@ that no [seq, seq] tensor is ever made.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from .graph import argument, callee, example, is_call, is_getitem, same, shape
+from .graph import argument, callee, example, is_getitem, same, shape
 
 KEY, QUERY, BATCH = -1, -2, -4  # dimensions of a [batch, heads, query, key] mask, from the right
 
@@ -36,16 +37,19 @@ class Predicate:
     """Offsets c of `key > query + c`."""
     padding: tuple[Node, ...] = field(default=())
     """Nodes of [batch, key], true where a key is no padding."""
+    fixed: bool = False
+    """Whether an offset is of a constant, not of the query's index."""
 
     def __and__(self, other: Predicate) -> Predicate:
         return Predicate(
-            self.causal + other.causal, self.sliding + other.sliding, tuple(dict.fromkeys(self.padding + other.padding))
-        )
+            self.causal + other.causal, self.sliding + other.sliding,
+            tuple(dict.fromkeys(self.padding + other.padding)), self.fixed or other.fixed,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A [batch, key] tensor that the graph did not compute from grids: padding, once it is broadcast over queries."""
+    """A [batch, key] input of the graph, cast at most: padding, once it is broadcast over queries."""
 
     node: Node
 
@@ -54,23 +58,43 @@ VIEWS = ("expand", "view", "reshape", "unsqueeze", "contiguous")
 CASTS = ("to", "bool", "contiguous", "type_as", "detach")
 
 
-def read_mask(node: Node) -> Predicate | None:
-    """The predicate of a boolean mask node, or None if it is not understood."""
-    value = _read(node, {})
-    if isinstance(value, Rows):
+def read_mask(node: Node, queries: Any) -> Predicate | None:
+    """The predicate of a boolean mask node for so many `queries`, or None if it is not understood."""
+    value = _read(node, {}) if example(node).dtype == torch.bool else None
+    if not isinstance(value, Predicate):
         return None
-    return value if isinstance(value, Predicate) else None
+    # Without a query dimension, a bound on the key is one for the only query, or none on causality.
+    return value if same(queries, 1) or not value.fixed else None
 
 
 def _read(node: Any, seen: dict[Node, Any]) -> Grid | Predicate | Rows | None:
     if isinstance(node, (int, torch.SymInt)) and not isinstance(node, bool):
         return Grid(None, node)
-    if not isinstance(node, Node):
+    if not isinstance(node, Node) or _written(node):
         return None
     if node not in seen:
         seen[node] = None
         seen[node] = _read_call(node, seen)
     return seen[node]
+
+
+def _written(node: Node) -> bool:
+    """Whether the graph writes into `node`, or into a view of it, after it was made."""
+    for user in node.users:
+        name = callee(user) if user.op in ("call_function", "call_method") else ""
+        into = bool(user.args) and user.args[0] is node
+        if user.kwargs.get("out") is node or (into and (name == "setitem" or _is_in_place(user, name))):
+            return True
+        if into and (is_getitem(user) or name in VIEWS or name in CASTS or name in ("transpose", "permute", "t")):
+            if _written(user):
+                return True
+    return False
+
+
+def _is_in_place(node: Node, name: str) -> bool:
+    if node.op == "call_function" and getattr(operator, name, None) is node.target:
+        return name.startswith("i") and hasattr(operator, f"__{name}__")
+    return name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "is_", "not_")
 
 
 def _read_call(node: Node, seen: dict) -> Grid | Predicate | Rows | None:
@@ -93,9 +117,12 @@ def _read_call(node: Node, seen: dict) -> Grid | Predicate | Rows | None:
         return _gather(node, seen)
     elif name in CASTS or name in VIEWS or is_getitem(node):
         return _view(node, _read(node.args[0], seen))
-    if len(shape(node)) == 2:
-        return Rows(node)
-    return None
+    return Rows(node) if _is_padding_source(node) else None
+
+
+def _is_padding_source(node: Node) -> bool:
+    """An input [batch, key] of whole numbers or booleans."""
+    return node.op == "placeholder" and len(shape(node)) == 2 and not example(node).is_floating_point()
 
 
 def _arange(node: Node) -> Grid | None:
@@ -120,10 +147,10 @@ def _compare(name: str, left: Grid, right: Grid) -> Predicate | None:
         name = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt"}[name]
     if left.dim != KEY or right.dim not in (QUERY, None):
         return None
-    offset = right.offset - left.offset
+    offset, fixed = right.offset - left.offset, right.dim is None
     if name in ("le", "lt"):
-        return Predicate(causal=(offset if name == "le" else offset - 1,))
-    return Predicate(sliding=(offset if name == "gt" else offset - 1,))
+        return Predicate(causal=(offset if name == "le" else offset - 1,), fixed=fixed)
+    return Predicate(sliding=(offset if name == "gt" else offset - 1,), fixed=fixed)
 
 
 def _is_gather(index: tuple) -> bool:
@@ -170,7 +197,3 @@ def reduces_to_padding(predicate: Predicate, queries: Any, keys: Any) -> bool:
         return False
     causal = [offset for offset in predicate.causal if not same(offset, keys - queries)]
     return not causal and (bool(predicate.causal) or same(queries, 1))
-
-
-def is_padding_source(node: Node) -> bool:
-    return is_call(node, *CASTS) or node.op == "placeholder"

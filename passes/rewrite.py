@@ -16,9 +16,9 @@ from ..config import MiniKVConfig
 from ..ops import ROLES
 from ..tensor import SEQ, KVTensor
 from . import functional
-from .graph import argument, callee, erase_dead, example, is_call, same, shape
+from .graph import argument, callee, erase_dead, example, is_call, is_getitem, same, shape
 from .masks import read_mask, reduces_to_padding
-from .sites import NotTaken, Site, outputs, read_site, sites_in
+from .sites import NotKept, NotTaken, Site, outputs, read_site, sites_in
 
 log = logging.getLogger("minikv")
 minikv = torch.ops.minikv
@@ -82,8 +82,9 @@ class Rewritten:
 class Rewriter:
     """Rewrites a copy of one Dynamo graph. Dynamo reads its own graph again later, so that one is never edited."""
 
-    def __init__(self, module: GraphModule, config: MiniKVConfig):
-        self.config = config
+    def __init__(self, module: GraphModule, config: MiniKVConfig, fused: bool = False):
+        """`fused`: whether ops that run in plain PyTorch are to be compiled too."""
+        self.config, self.fused = config, fused
         self.module = copy_module(module)
         self.graph = self.module.graph
         self.originals = [node for node in self.graph.nodes if node.op == "placeholder"]
@@ -119,16 +120,26 @@ class Rewriter:
     # ---- one site
 
     def _rewrite(self, site: Site) -> str:
-        key, value = (functional.read_slot(node, self.kept) for node in (site.key, site.value))
-        if (key.past is None) != (value.past is None):
-            raise NotTaken("only one of keys and values has a past")
-        new, tokens = shape(key.new)[SEQ], shape(site.key)[SEQ]
-        if not same(shape(site.query)[SEQ], new):
-            raise NotTaken(f"{shape(site.query)[SEQ]} queries for {new} new keys: cross-attention")
+        new, tokens = shape(site.query)[SEQ], shape(site.key)[SEQ]
+        try:
+            key, value = (functional.read_slot(node, self.kept) for node in (site.key, site.value))
+        except NotKept:
+            predicate = site.mask and read_mask(site.mask, new)
+            if predicate and predicate.sliding:  # its cache keeps a slice
+                raise NotTaken("sliding window attention") from None
+            raise
+        if (key.past is None) != (value.past is None) or key.stored is value.stored:
+            raise NotTaken("keys and values do not have a slot each")
+        if not same(shape(key.new)[SEQ], new) or not same(shape(value.new)[SEQ], new):
+            raise NotTaken(f"{new} queries for {shape(key.new)[SEQ]} new keys: cross-attention")
         valid = self._padding(site, new, tokens)
         if key.past is None:
             self._prefill(site, key, value, valid)
             return "prefill"
+        for slot in (key, value):
+            reader = other_reader(slot.stored, site.node)
+            if reader is not None:
+                raise NotTaken(f"its keys or values are also read by {reader.name}")
         # One check for all layers: the first site makes it.
         checked = valid if not same(new, 1) and site.layer == 0 else None
         self._decode(site, key, value, checked)
@@ -142,7 +153,7 @@ class Rewriter:
             if site.is_causal and not same(new, tokens):
                 raise NotTaken("is_causal with a past lets the new token see the oldest keys only")
             return None
-        predicate = read_mask(site.mask)
+        predicate = read_mask(site.mask, new)
         if predicate is None:
             raise NotTaken(f"its mask is not understood (built by {callee(site.mask) or site.mask.op})")
         if predicate.sliding:
@@ -188,7 +199,7 @@ class Rewriter:
                 minikv.decode_attention.default,
                 (
                     site.query, key.new, value.new, k_tier, v_tier, k_dense, v_dense, self.field(key.past, "state"),
-                    self.field(key.past, "length"), site.scale, self.config.to_json(), padding,
+                    self.field(key.past, "length"), site.scale, self.config.to_json(), self.fused, padding,
                 ),
             )  # fmt: skip
         out.meta["example_value"] = example(site.node)
@@ -331,6 +342,20 @@ def _item(values: Sequence[Any], index: int) -> Any:
 
 def _first_columns(mask: torch.Tensor, columns: int) -> torch.Tensor:
     return mask[:, :columns]
+
+
+def other_reader(node: Node, site: Node) -> Node | None:
+    """Who reads `node`, but for the graph's output and, behind repetitions of KV heads, the attention call `site`."""
+    for user in node.users:
+        if user is site or user.op == "output":
+            continue
+        repeats = is_call(user, "expand", "reshape", "view", "unsqueeze", "contiguous", "repeat_interleave")
+        if not (repeats or is_getitem(user)):
+            return user
+        reader = other_reader(user, site)
+        if reader is not None or not user.users:
+            return reader or user
+    return None
 
 
 def copy_module(module: GraphModule) -> GraphModule:

@@ -17,6 +17,10 @@ class NotTaken(Exception):
     """Why the pass leaves a site alone."""
 
 
+class NotKept(NotTaken):
+    """The site's keys and values are no output of the graph as they are."""
+
+
 @dataclass
 class Site:
     """One attention call. `key`/`value` are its operands before any repetition of KV heads."""

@@ -1,0 +1,75 @@
+"""Memory of a prefill: every allocation is recorded, so nothing of size [seq, seq] can hide in an op."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from .helpers import PlainDecoder, make_backend, prompt, tiny
+
+HEADS, HEAD_DIM = 2, 32
+SHORT, LONG = 1024, 2048
+
+
+def allocations(function):
+    """Bytes of the largest allocation, and the most bytes that were alive at once, beyond those before the call."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        result = function()
+    changes = [e.nbytes() for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert changes, "this version of torch records no memory"
+    live = peak = 0
+    for change in changes:  # in time
+        live += change
+        peak = max(peak, live)
+    return max(changes), peak, result
+
+
+def measure(preset, layers, length, padded):
+    """Of a prefill that was compiled before."""
+    torch._dynamo.reset()
+    backend = make_backend(preset) if preset else "eager"
+    sizes = {"layers": layers, "heads": 2 * HEADS, "kv_heads": HEADS, "head_dim": HEAD_DIM}
+    ids = prompt(length, batch=2)
+    if padded:
+        model = tiny(**sizes)
+        model.compile(backend=backend)
+        mask = torch.ones_like(ids)
+        mask[1, : length // 3] = 0
+
+        def prefill():
+            return model(ids, attention_mask=mask, use_cache=True, logits_to_keep=1).past_key_values
+    else:
+        model = PlainDecoder(**sizes)
+        model.head = torch.nn.Identity()  # logits of the whole prompt would outweigh the rest
+        model.compile(backend=backend)
+
+        def prefill():
+            return model(ids)[1]
+
+    with torch.no_grad():
+        prefill()
+        largest, peak, _ = allocations(prefill)
+    return largest, peak
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("preset", ["default", "minikv"])
+def test_prefill_is_linear_and_holds_one_dense_layer(preset, padded):
+    layer = 2 * 2 * HEADS * LONG * HEAD_DIM * 4  # dense keys and values of one layer: batch of two, fp32
+    largest, peak = measure(preset, 2, LONG, padded)
+    shorter_largest, shorter_peak = measure(preset, 2, SHORT, padded)
+    assert largest <= 2.1 * shorter_largest
+    assert peak <= 2.1 * shorter_peak
+    _, deeper = measure(preset, 6, LONG, padded)
+    # Four more layers cost four more compressed caches, not four dense ones.
+    assert deeper - peak <= 4 * 0.45 * layer
+
+
+def test_the_measure_sees_a_dense_cache_and_a_dense_mask():
+    """Without the backend the same numbers are those of a dense cache, and a [seq, seq] mask where there is padding."""
+    layer = 2 * 2 * HEADS * LONG * HEAD_DIM * 4
+    _, shallow = measure(None, 2, LONG, False)
+    _, deep = measure(None, 6, LONG, False)
+    assert deep - shallow >= 4 * 0.95 * layer
+    masked, _ = measure(None, 2, LONG, True)
+    shorter, _ = measure(None, 2, SHORT, True)
+    assert masked >= 2 * LONG * LONG and masked >= 3.5 * shorter

@@ -1,0 +1,336 @@
+"""Every op of `torch.ops.minikv`: its registration, and its arithmetic against something straightforward."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minikv_compile import KVTensor, MiniKVConfig
+from minikv_compile.kernels.packing import BLOCK
+from minikv_compile.kernels.scores import column_scores_reference
+from minikv_compile.ops import fields
+from minikv_compile.policy import select
+from minikv_compile.rotation import hadamard, rotation_matrix
+
+minikv = torch.ops.minikv
+PRESETS = ["lossless", "default", "minikv"]
+
+
+def left_padding(lengths, seq):
+    return torch.arange(seq) >= seq - torch.tensor(lengths)[:, None]
+
+
+def compress(config, k, v, scores=None, valid=None, layer=0, layers=1):
+    """`KVTensor`s of a prompt."""
+    order, lengths = minikv.align_rows(valid) if valid is not None else (None, None)
+    made = minikv.compress(k, v, scores, order, lengths, layer, layers, config.to_json())
+    names = fields(config, valid is not None)
+    return tuple(
+        KVTensor(dict(zip(names, made[i : i + len(names)], strict=True)), config, role, k.shape[2])
+        for i, role in ((0, "key"), (len(names), "value"))
+    )
+
+
+def cache(preset="default", length=300, batch=2, kv_heads=2, dim=32, dtype=torch.float32, valid=None, **changes):
+    config = MiniKVConfig.preset(preset, **changes)
+    k, v = torch.randn(2, batch, kv_heads, length, dim, dtype=dtype)
+    scores = torch.rand(batch, kv_heads, length) if config.drops else None
+    return compress(config, k, v, scores, valid)
+
+
+def tier(kv):
+    return [getattr(kv, name) for name in ("codes", "scale", "zero") if kv.codes is not None]
+
+
+# ---- registration: schemas, fakes, no hidden aliases
+
+
+def opcheck(op, *args):
+    torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_opcheck_align_rows():
+    opcheck(minikv.align_rows, left_padding([7, 3], 7))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_prefill_attention(padded, scored, dtype):
+    q, k, v = (torch.randn(2, heads, 20, 16, dtype=dtype) for heads in (4, 2, 2))
+    rows = minikv.align_rows(left_padding([20, 4], 20)) if padded else (None, None)
+    opcheck(minikv.prefill_attention, q, k, v, *rows, 0.25, scored)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("length", [5, 300])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_opcheck_compress(preset, length, padded):
+    """Sizes of the tier depend on data: the fake may only name fewer facts, never wrong ones."""
+    config = MiniKVConfig.preset(preset)
+    k, v = torch.randn(2, 2, 2, length, 32)
+    scores = torch.rand(2, 2, length) if config.drops else None
+    rows = minikv.align_rows(left_padding([length, 3], length)) if padded else (None, None)
+    opcheck(minikv.compress, k, v, scores, *rows, 0, 2, config.to_json())
+
+
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_opcheck_decode_attention(preset, new):
+    k, v = cache(preset)
+    q, n = torch.randn(2, 4, new, 32), torch.randn(2, 2, new, 32)
+    opcheck(minikv.decode_attention, q, n, n, tier(k), tier(v), k.dense, v.dense, k.state, 300, 0.2, k.config.to_json())
+
+
+@pytest.mark.parametrize("role", [0, 1])
+@pytest.mark.parametrize("preset", ["default", "minikv"])
+def test_opcheck_flush(preset, role):
+    kv = cache(preset, length=600)[role]
+    kv = torch.cat([kv, torch.randn(2, 2, kv.config.capacity - kv.occupancy.used(600), 32)], 2)  # full
+    grown = [torch.cat([t, t], 2) for t in tier(kv)]
+    opcheck(
+        minikv.flush, *grown, kv.dense, kv.state, kv.shape[2], 1, kv.dense.shape[2], 1, kv.role, kv.config.to_json()
+    )
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_opcheck_dequantize(preset, padded):
+    for kv in cache(preset, valid=left_padding([300, 80], 300) if padded else None):
+        tensors = [getattr(kv, name) for name in ("codes", "scale", "zero", "dense", "state", "kept")]
+        opcheck(minikv.dequantize, *tensors, 300, kv.role, kv.config.to_json())
+
+
+def test_every_op_is_checked():
+    """A new op comes with a test of its registration."""
+    checked = {name.removeprefix("test_opcheck_") for name in globals() if name.startswith("test_opcheck_")}
+    registered = {
+        name.removeprefix("minikv::").split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("minikv::")
+    }
+    assert registered == checked
+
+
+# ---- rotation
+
+
+@pytest.mark.parametrize("dim", [16, 48, 64, 80, 96, 112, 128, 256])
+def test_hadamard_is_orthogonal_and_spreads(dim):
+    matrix = hadamard(dim)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(dim), rtol=0, atol=1e-6)
+    # 80 = 64 + 16: every channel is spread evenly over its block.
+    largest = 1 << (dim.bit_length() - 1)
+    assert torch.equal(matrix[:largest, :largest].abs(), torch.full((largest, largest), largest**-0.5))
+    assert not matrix[:largest, largest:].any()
+
+
+# ---- attention
+
+
+def by_hand(q, k, v, mask, scale):
+    """Softmax attention in float64; q has more heads than k and v."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (x.double().repeat_interleave(repeats, 1) for x in (k, v))
+    logits = (q.double() @ k.mT * scale).masked_fill(~mask, -torch.inf)
+    return logits.softmax(-1) @ v, logits.softmax(-1)
+
+
+@settings(max_examples=40)
+@given(
+    bits=st.sampled_from([2, 4, 8, 16]), group=st.sampled_from([16, 32, 64, 128]),
+    dim=st.sampled_from([16, 64, 80, 96]), rotation=st.sampled_from(["none", "hadamard"]),
+    length=st.integers(1, 420), new=st.integers(1, 5),
+    ratio=st.integers(1, 5), kv_heads=st.integers(1, 3), sinks=st.integers(0, 5), window=st.integers(0, 70),
+    drops=st.booleans(), padding=st.floats(0, 1), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)  # fmt: skip
+def test_decode_is_attention_over_what_dequantize_gives(
+    bits, group, dim, rotation, length, new, ratio, kv_heads, sinks, window, drops, padding, dtype
+):
+    """Appends, then attends; the second row is padded. Rounding of intermediate results is all that may differ."""
+    policy = {"policy": "heavy_hitter", "heavy": 0.3, "recent": 0.2} if drops and bits < 16 else {}
+    config = MiniKVConfig(bits=bits, group=group, rotation=rotation, sinks=sinks, window=window, **policy)
+    valid = left_padding([length, max(1, round(padding * length))], length)
+    k, v = torch.randn(2, 2, kv_heads, length, dim).to(dtype)
+    scores = torch.rand(2, kv_heads, length) if config.drops else None
+    kt, vt = compress(config, k, v, scores, valid)
+    kt, vt = kt.reserve(new), vt.reserve(new)
+    q = torch.randn(2, kv_heads * ratio, new, dim).to(dtype)
+    k_new, v_new = torch.randn(2, 2, kv_heads, new, dim).to(dtype)
+    stored = kt.kept_mask()
+    keys, values = (torch.cat([t.dequantize(), n], 2) for t, n in ((kt, k_new), (vt, v_new)))
+    out = minikv.decode_attention(
+        q, k_new, v_new, tier(kt), tier(vt), kt.dense, vt.dense, kt.state, length, 0.3, config.to_json()
+    )
+    causal = torch.arange(length + new) <= torch.arange(length, length + new)[:, None]
+    visible = torch.cat([stored, torch.ones(2, kv_heads, new, dtype=torch.bool)], 2)
+    mask = visible.repeat_interleave(ratio, 1)[:, :, None] & causal
+    expected, _ = by_hand(q, keys, values, mask, 0.3)
+    tolerance = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}[dtype]
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    # And what was appended is what the longer cache holds.
+    assert torch.equal(kt.longer(new).dequantize()[:, :, length:], k_new)
+
+
+@settings(max_examples=30)
+@given(
+    seq=st.integers(1, 90), ratio=st.integers(1, 4), kv_heads=st.integers(1, 2), scored=st.booleans(),
+    padding=st.sampled_from(["none", "left", "right", "anywhere"]), fill=st.floats(0, 1), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_prefill_attention_row_by_row(seq, ratio, kv_heads, scored, padding, fill, seed):
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(2, heads, seq, 16) for heads in (kv_heads * ratio, kv_heads, kv_heads))
+    count = max(1, round(fill * seq)) if padding != "none" else seq
+    valid = torch.ones(2, seq, dtype=torch.bool)
+    valid[1] = False
+    places = {"left": range(seq - count, seq), "right": range(count), "none": range(seq)}
+    valid[1, list(places.get(padding, torch.randperm(seq)[:count].tolist()))] = True
+    rows = (None, None) if padding == "none" else minikv.align_rows(valid)
+    q[1, :, ~valid[1]] = 1e4  # padding that would win, if it took part
+    k[1, :, ~valid[1]] = 1e4
+    out, scores = minikv.prefill_attention(q, k, v, *rows, 0.25, scored)
+    assert out.isfinite().all() and out.is_contiguous()
+    for row in range(2):
+        own = valid[row]
+        n = int(own.sum())
+        expected, maps = by_hand(
+            *(x[row : row + 1, :, own] for x in (q, k, v)), torch.ones(n, n, dtype=torch.bool).tril(), 0.25
+        )
+        torch.testing.assert_close(out[row : row + 1, :, own].double(), expected, rtol=1e-5, atol=1e-5)
+        if scored:
+            columns = maps.sum(2).unflatten(1, (kv_heads, ratio)).sum(2)[0]
+            torch.testing.assert_close(scores[row, :, :n].double(), columns, rtol=1e-3, atol=1e-5)
+            assert not scores[row, :, n:].any()
+    assert scored or scores.numel() == 0
+
+
+@pytest.mark.parametrize("seq", [1, 255, 256, 257, 600])
+@pytest.mark.parametrize("ratio", [1, 3, 7])
+@pytest.mark.parametrize("last", [None, 32])
+def test_scores_are_column_sums_of_the_attention_map(seq, ratio, last):
+    q, k = torch.randn(2, 2 * ratio, seq, 16), torch.randn(2, 2, seq, 16)
+    lengths = torch.tensor([seq, max(1, seq // 3)])
+    scores = column_scores_reference(q, k, 0.3, lengths, last)
+    for row, n in enumerate(lengths.tolist()):
+        _, maps = by_hand(q[row : row + 1, :, :n], k[row : row + 1, :, :n], k[row : row + 1, :, :n],
+                          torch.ones(n, n, dtype=torch.bool).tril(), 0.3)  # fmt: skip
+        maps = maps[:, :, -last:] if last else maps
+        expected = maps.sum(2).unflatten(1, (2, ratio)).sum(2)[0]
+        torch.testing.assert_close(scores[row, :, :n].double(), expected, rtol=1e-3, atol=1e-6)
+        assert not scores[row, :, n:].any()
+
+
+# ---- compress
+
+
+def compress_by_hand(x, tokens, config, role):
+    """What a row and head should hold, in order: float32 [kept, head_dim], and how many of them are packed."""
+    x = x[tokens].float()
+    packed = max(0, len(x) - config.sinks - config.window) // BLOCK * BLOCK
+    if config.bits == 16:
+        return x, 0
+    rotation = rotation_matrix(config.rotation, x.shape[1], x.device)
+    part = x[config.sinks : config.sinks + packed]
+    part = part if rotation is None else part @ rotation
+    if role == "key":
+        groups = part.T.unflatten(1, (-1, config.group)) if packed else part.T[..., None]
+    else:
+        groups = part.unflatten(1, (-1, config.value_group(x.shape[1])))
+    if packed:
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        clip = config.clip or (0.75 if config.bits == 2 else 1)
+        middle, half = (low + high) / 2, (high - low) / 2 * clip
+        low, high = middle - half, middle + half
+        zero, step = low.bfloat16().float(), ((high - low) / (2**config.bits - 1)).bfloat16().float()
+        groups = ((groups - zero) / step).round().clamp(0, 2**config.bits - 1) * step + zero
+        part = groups.flatten(1).T if role == "key" else groups.flatten(1)
+        part = part if rotation is None else part @ rotation.T
+    return torch.cat([x[: config.sinks], part, x[config.sinks + packed :]]), packed
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dim", [32, 80])
+@pytest.mark.parametrize(
+    "config",
+    [
+        MiniKVConfig(),
+        MiniKVConfig(bits=4, group=32, sinks=0, window=10),
+        MiniKVConfig(bits=8, rotation="none", sinks=2, clip=0.9),
+        MiniKVConfig.preset("minikv"),
+        MiniKVConfig.preset("minikv", sinks=4, window=16, rotation="hadamard", heavy=100, recent=50),
+        MiniKVConfig.preset("lossless"),
+    ],
+    ids=["default", "4 bits", "8 bits", "minikv", "mixed", "lossless"],
+)
+def test_compress_by_hand(config, dim, padded):
+    seq, layer, layers = 700, 1, 3
+    lengths = [seq, 333] if padded else [seq, seq]
+    valid = left_padding(lengths, seq)
+    k, v = torch.randn(2, 2, 2, seq, dim)
+    scores = torch.rand(2, 2, seq)
+    kv = compress(config, k, v, scores if config.drops else None, valid if padded else None, layer, layers)
+    chosen = select(scores, lengths, layer, layers, config) if config.drops else None
+    for x, held in zip((k, v), kv, strict=True):
+        dense, mask = held.dequantize(), held.kept_mask()
+        for row in range(2):
+            own = valid[row].nonzero().flatten()
+            for head in range(2):
+                tokens = own if chosen is None else own[chosen[row][head]]
+                assert torch.equal(mask[row, head].nonzero().flatten(), tokens)
+                expected, packed = compress_by_hand(x[row, head], tokens, config, held.role)
+                assert held.state[row].tolist() == [seq - (len(tokens) - packed), 0, packed]
+                # Scale, zero or a code may be rounded the other way, here and there.
+                close = torch.isclose(dense[row, head, tokens], expected, rtol=1e-4, atol=1e-4)
+                assert close.float().mean() > 0.995
+                sinks, rest = config.sinks, config.sinks + packed
+                assert torch.equal(dense[row, head, tokens[:sinks]], expected[:sinks])
+                assert torch.equal(dense[row, head, tokens[rest:]], expected[rest:])
+
+
+@pytest.mark.parametrize("where", ["packed", "dense"])
+def test_compress_counts_tokens_that_are_not_finite(where):
+    k, v = torch.randn(2, 2, 2, 300, 32)
+    token = 50 if where == "packed" else 290
+    k[1, 0, token, 3], k[1, 1, token, 4], v[0, 0, token] = torch.nan, torch.inf, torch.nan
+    valid = left_padding([300, 280], 300)
+    k[1, :, :20] = torch.nan  # padding does not count
+    kt, vt = compress(MiniKVConfig(rotation="none"), k, v, valid=valid)
+    assert kt.state[:, 1].tolist() == [0, 1] and vt.state[:, 1].tolist() == [1, 0]
+    if where == "packed":
+        assert kt.dequantize().isfinite().all()
+
+
+def test_flush_moves_whole_blocks_of_full_rows_only():
+    """Row 0 has 300 tokens, row 1 has 180: at a capacity of 196, with 4 sinks and 64 in the window."""
+    k, _ = cache(valid=left_padding([300, 180], 300))
+    before, dense = k.state.clone(), k.dequantize()
+    minikv.flush(k.codes, k.scale, k.zero, k.dense, k.state, 300, 30, 196, 1, "key", k.config.to_json())
+    # Row 0: 128 packed, 172 dense: 172 + 30 > 196, one block of 104 does not fill. Row 1: 180 dense, 112: neither.
+    assert torch.equal(k.state, before) and torch.equal(k.dequantize(), dense)
+    k, _ = cache(length=320, valid=left_padding([320, 190], 320))
+    for _ in range(4):
+        k = torch.cat([k, torch.randn(2, 2, 1, 32)], 2)
+    assert k.state[:, 2].tolist() == [128, 0]
+    k = torch.cat([k, torch.randn(2, 2, 1, 32)], 2)  # row 0 held 196, row 1 holds 194
+    assert k.state[:, 2].tolist() == [256, 0] and k.state[:, 0].tolist() == [256, 130]
+
+
+def test_errors():
+    config = MiniKVConfig().to_json()
+    with pytest.raises(ValueError, match="layer 3: the prompt is empty"):
+        minikv.compress(torch.zeros(1, 1, 0, 16), torch.zeros(1, 1, 0, 16), None, None, None, 3, 4, config)
+    with pytest.raises(ValueError, match="Row 0 of the batch has no tokens: its attention mask is all zeros"):
+        minikv.align_rows(left_padding([0, 4], 4))
+
+
+def test_sdpa_on_the_compressed_tensors_is_the_same_attention():
+    """The rule that any other op dequantizes, against the op that replaces it."""
+    k, v = cache(length=200)
+    q, new = torch.randn(2, 4, 1, 32), torch.randn(2, 2, 1, 32)
+    fallback = F.scaled_dot_product_attention(q, torch.cat([k, new], 2), torch.cat([v, new], 2), enable_gqa=True)
+    k, v = k.reserve(1), v.reserve(1)
+    fused = minikv.decode_attention(
+        q, new, new, tier(k), tier(v), k.dense, v.dense, k.state, 200, 32**-0.5, k.config.to_json()
+    )
+    torch.testing.assert_close(fused, fallback, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,119 @@
+"""Which tokens a layer keeps."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minikv_compile import MiniKVConfig
+from minikv_compile.policy import heavy_hitter, in_tokens, layer_budgets, pyramid, select, uniform
+
+SHARES = st.one_of(
+    st.builds(pyramid, st.floats(1, 50), st.integers(1, 40)),
+    st.builds(uniform, st.just(7.0), st.integers(1, 40)),
+    st.lists(st.floats(0, 5), min_size=1, max_size=12),
+)
+
+
+@given(total=st.integers(0, 5000), shares=SHARES, limit=st.integers(0, 400))
+def test_layer_budgets_are_exact(total, shares, limit):
+    budgets = layer_budgets(total, shares, limit)
+    assert len(budgets) == len(shares)
+    assert sum(budgets) == min(total, limit * len(shares))
+    assert all(0 <= b <= limit for b in budgets)
+
+
+@given(total=st.integers(0, 5000), depth=st.floats(1, 50), layers=st.integers(1, 40), limit=st.integers(0, 400))
+def test_a_pyramid_never_grows_upwards(total, depth, layers, limit):
+    budgets = layer_budgets(total, pyramid(depth, layers), limit)
+    assert budgets == sorted(budgets, reverse=True)
+
+
+@given(depth=st.floats(1, 50), layers=st.integers(2, 40), mean=st.integers(100, 1000))
+def test_a_pyramid_without_limit_is_the_papers(depth, layers, mean):
+    """Last layer h / delta, first 2h - h / delta, linear between, mean h: each within one token."""
+    budgets = layer_budgets(mean * layers, pyramid(depth, layers), 10**6)
+    first, last = 2 * mean - mean / depth, mean / depth
+    for i, budget in enumerate(budgets):
+        assert abs(budget - (first + (last - first) * i / (layers - 1))) <= 1
+
+
+@given(shares=SHARES, limit=st.integers(10, 400), fill=st.floats(0, 1))
+def test_what_saturated_layers_cannot_use_goes_to_the_others(shares, limit, fill):
+    total = round(fill * limit * len(shares))
+    budgets = layer_budgets(total, shares, limit)
+    open_layers = [i for i, b in enumerate(budgets) if b < limit]
+    if sum(shares[i] for i in open_layers) == 0:
+        return
+    # The others divide what is left in proportion.
+    left = total - limit * (len(shares) - len(open_layers))
+    weight = sum(shares[i] for i in open_layers)
+    for i in open_layers:
+        # A layer that reaches the limit by rounding moves the others by less than a token each.
+        assert abs(budgets[i] - left * shares[i] / weight) <= len(shares)
+    assert sum(budgets) == total
+
+
+def test_surplus_by_hand():
+    assert layer_budgets(300, [1.8, 1.0, 0.2], 100) == [100, 100, 100]
+    assert layer_budgets(200, [3.0, 1.0, 1.0], 100) == [100, 50, 50]
+    assert layer_budgets(10, [1.0, 1.0, 1.0], 100) == [4, 3, 3]
+
+
+@pytest.mark.parametrize("amount, tokens", [(0.25, 250), (0.0, 0), (1.0, 1000), (1, 1), (250, 250), (5000, 1000)])
+def test_a_float_is_a_share_and_an_int_is_tokens(amount, tokens):
+    assert in_tokens(amount, 1000) == tokens
+
+
+budget = st.one_of(st.floats(0, 1), st.integers(0, 150))
+
+
+@st.composite
+def selections(draw):
+    length, padding = draw(st.integers(1, 120)), draw(st.integers(0, 20))
+    config = MiniKVConfig(
+        policy="heavy_hitter", heavy=draw(budget), recent=draw(budget), sinks=draw(st.integers(0, 8)),
+        layer_budget=draw(st.sampled_from(["uniform", "pyramid"])), pyramid_depth=draw(st.floats(1, 10)),
+    )  # fmt: skip
+    layers = draw(st.integers(1, 6))
+    heads = draw(st.integers(1, 4))
+    scores = torch.rand(heads, length + padding, generator=torch.Generator().manual_seed(draw(st.integers(0, 999))))
+    scores[:, length:] = 1e9  # padding that would win
+    return scores, length, draw(st.integers(0, layers - 1)), layers, config
+
+
+@given(selections())
+def test_heavy_hitter(case):
+    scores, length, layer, layers, config = case
+    index = heavy_hitter(scores, length, layer, layers, config)
+    assert index.dtype == torch.int64 and index.shape[0] == scores.shape[0]
+    recent = in_tokens(config.recent, length)
+    sinks = min(config.sinks, length - recent)
+    for head, row in enumerate(index.tolist()):
+        assert row == sorted(set(row)) and all(0 <= i < length for i in row)
+        kept = set(row)
+        assert set(range(sinks)) <= kept and set(range(length - recent, length)) <= kept
+        heavy = kept - set(range(sinks)) - set(range(length - recent, length))
+        left = set(range(length)) - kept
+        if heavy and left:
+            assert min(scores[head, list(heavy)]) >= max(scores[head, list(left)])
+
+
+@given(selections())
+def test_the_layers_together_keep_the_whole_budget(case):
+    scores, length, _, layers, config = case
+    kept = [heavy_hitter(scores, length, layer, layers, config).shape[1] for layer in range(layers)]
+    recent = in_tokens(config.recent, length)
+    sinks = min(config.sinks, length - recent)
+    room = length - recent - sinks
+    assert sum(kept) == layers * (recent + sinks) + min(in_tokens(config.heavy, length) * layers, room * layers)
+
+
+def test_each_kv_head_and_each_row_chooses_for_itself():
+    config = MiniKVConfig(policy="heavy_hitter", heavy=2, recent=1, sinks=1)
+    scores = torch.zeros(2, 2, 10)
+    scores[0, 0, [3, 5]], scores[0, 1, [4, 6]], scores[1, :, [2, 3]] = 1.0, 1.0, 1.0
+    scores[1, :, 6:] = 9.0  # padding
+    first, second = select(scores, [10, 6], 0, 1, config)
+    assert first.tolist() == [[0, 3, 5, 9], [0, 4, 6, 9]]
+    assert second.tolist() == [[0, 2, 3, 5]] * 2
