@@ -105,8 +105,17 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, group: int, axis: Gro
     if axis == "channel":
         scale, zero = scale.transpose(-1, -2), zero.transpose(-1, -2)
     dim = -2 if axis == "token" else -1
-    values = _grouped(codes.float(), group, axis) * scale.float().unsqueeze(dim) + zero.float().unsqueeze(dim)
-    return values.reshape(codes.shape)
+    # In halves: near the top of the range, code * scale alone would overflow.
+    half_scale, half_zero = (meta.float().unsqueeze(dim) / 2 for meta in (scale, zero))
+    halves = _grouped(codes.float(), group, axis) * half_scale + half_zero
+    limit = torch.finfo(torch.float32).max / 2
+    return (halves.clamp(-limit, limit) * 2).reshape(codes.shape)
+
+
+def to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`, its largest values at the dtype's limit instead of inf."""
+    limit = torch.finfo(dtype).max
+    return x.clamp(-limit, limit).to(dtype)
 
 
 def pack(codes: Tensor, bits: int, layout: Layout) -> Tensor:
