@@ -8,22 +8,30 @@ import triton.language as tl
 from torch import Tensor
 
 from .jit import (
+    CODE_EXPONENT,
     LOG2E,
     check_dtype,
-    code_exponent,
+    check_head_dim,
     code_position,
     codes_at,
     dot_precision,
+    entry,
     exp2i,
     exponent,
+    length_of,
+    log2,
+    next_power_of_2,
     operand_dtype,
     round_to,
+    to_fp16,
     to_fp32,
     to_operand,
     unit_last,
+    value_loads,
+    value_tiles,
 )
-from .packing import BLOCK, WORD_BITS, GroupAxis, dequantize, unpack, words
-from .tuning import ATTEND, AttendTuning, attend_blocks_per_split
+from .packing import BLOCK, WORD_BITS, GroupAxis, dequantize, unpack, value_chunks, words
+from .tuning import AttendTuning, attend_blocks_per_split, attend_tuning
 
 Packed = tuple[Tensor, Tensor, Tensor]
 
@@ -114,8 +122,11 @@ def attend_reference(
 # normalised to at most 1 by a power of two and p s is kept near 2**15, by the running exponent of s: fp16 operands neither
 # overflow nor lose their small values.
 
-P_EXPONENT = tl.constexpr(14)
-"""p * scale <= 2**(P_EXPONENT + 1) as an operand, and p <= 2**P_EXPONENT where it meets zeros."""
+P_EXPONENT = tl.constexpr(7)
+"""p <= 2**P_EXPONENT as an operand."""
+
+S_EXPONENT = tl.constexpr(7)
+"""scale < 2**(S_EXPONENT + 1) where it is folded into p, so that the product fits in fp16."""
 
 LEAST = tl.constexpr(-100)
 """Exponents of all scales are taken as at least this."""
@@ -189,9 +200,26 @@ def _prepare_kernel(
 
 
 @triton.jit
+def _dot_codes(codes, x, acc):
+    """acc + codes @ x. Codes are fp16; an fp32 `x` enters as the sum of two fp16 numbers, so with 22 bits."""
+    if x.dtype == tl.float32:
+        high = x.to(tl.float16)
+        acc = tl.dot(codes, (x - high.to(tl.float32)).to(tl.float16), acc)
+        return tl.dot(codes, high, acc)
+    else:
+        return tl.dot(codes, x, acc)
+
+
+@triton.jit
+def _row(x, i):
+    """Row i of a tile."""
+    return tl.sum(tl.where(tl.arange(0, x.shape[0])[:, None] == i, x, 0.0), 0)
+
+
+@triton.jit
 def _logits_token_groups(
     q, CODES, SCALE, ZERO, factor, D: tl.constexpr, DP: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Logits of one block, base 2: a tuple of BLOCK / TILE tiles [TILE, ROWS], tokens ascending. `q` is [DP, ROWS]."""
     channel = tl.arange(0, DP)
@@ -201,56 +229,72 @@ def _logits_token_groups(
     for part in tl.static_range(WORDS // TILE):
         word_ptr = CODES + (part * TILE + token)[:, None] * D + channel[None, :]
         tiles = tiles + (tl.load(word_ptr, mask=real[None, :], other=0),)
+    zero_ptr = ZERO + tl.arange(0, BLOCK // GROUP)[:, None] * D + channel[None, :]
+    zero = to_fp16(tl.load(zero_ptr, mask=real[None, :], other=0.0))
+    offsets = _dot_codes(zero, q, tl.zeros([BLOCK // GROUP, ROWS], tl.float32)) * factor[None, :]
     logits = ()
     for i in tl.static_range(SLICES):
         for part in tl.static_range(WORDS // TILE):
             if (i * WORDS + part * TILE) % GROUP == 0:
                 place = (i * WORDS + part * TILE) // GROUP * D + channel
-                scale = to_operand(tl.load(SCALE + place, mask=real, other=0.0), OPERAND)
-                zero = to_operand(tl.load(ZERO + place, mask=real, other=0.0), OPERAND)
-                folded = q * scale[:, None]
-                offset = tl.sum(to_fp32(q) * to_fp32(zero)[:, None], 0) * factor
-            codes = codes_at(tiles[part], i * BITS, BITS, OPERAND)
-            products = tl.dot(codes, folded, input_precision=PRECISION)
-            unit = factor * (2.0 ** (code_exponent(OPERAND) - code_position(i * BITS, BITS, OPERAND)))
+                scale = to_fp16(tl.load(SCALE + place, mask=real, other=0.0))
+                folded = q * scale.to(q.dtype)[:, None]
+                offset = _row(offsets, (i * WORDS + part * TILE) // GROUP)
+            codes = codes_at(tiles[part], i * BITS, BITS)
+            products = _dot_codes(codes, folded, tl.zeros([TILE, ROWS], tl.float32))
+            unit = factor * (2.0 ** (CODE_EXPONENT - code_position(i * BITS, BITS)))
             logits = logits + (products * unit[None, :] + offset[None, :],)
     return logits
 
 
 @triton.jit
 def _logits_channel_groups(
-    q_ptr, CODES, SCALE, ZERO, factor, D: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
-    GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    q, CODES, SCALE, ZERO, factor, D: tl.constexpr, DP: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The same where keys are grouped along channels. `q_ptr` [GROUP, ROWS] points to the first group's q."""
-    token = tl.arange(0, WORDS)
-    channel = tl.arange(0, GROUP)
+    """The same where keys are grouped along channels. `q` is [DP / GROUP, GROUP, ROWS]."""
+    group = tl.arange(0, DP // GROUP)
+    channel = group[:, None, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
+    real = group * GROUP < D
+    token = tl.arange(0, TILE)
+    total = tl.sum(q.to(tl.float32), 1)  # [groups, ROWS]
+    tiles = ()
+    for part in tl.static_range(WORDS // TILE):
+        word_ptr = CODES + (part * TILE + token)[None, :, None] * D + channel
+        tiles = tiles + (tl.load(word_ptr, mask=real[:, None, None], other=0),)
     logits = ()
     for i in tl.static_range(SLICES):
-        logits = logits + (tl.zeros([WORDS, ROWS], tl.float32),)
-    for group in tl.static_range(D // GROUP):
-        q = tl.load(q_ptr + group * GROUP)
-        total = tl.sum(to_fp32(q), 0) * factor
-        tile = tl.load(CODES + token[:, None] * D + (group * GROUP + channel)[None, :])
-        added = ()
-        for i in tl.static_range(SLICES):
-            codes = codes_at(tile, i * BITS, BITS, OPERAND)
-            unit = factor * (2.0 ** (code_exponent(OPERAND) - code_position(i * BITS, BITS, OPERAND)))
-            products = tl.dot(codes, q, input_precision=PRECISION) * unit[None, :]
-            scale = to_fp32(tl.load(SCALE + group * BLOCK + i * WORDS + token))
-            zero = to_fp32(tl.load(ZERO + group * BLOCK + i * WORDS + token))
-            added = added + (logits[i] + products * scale[:, None] + zero[:, None] * total[None, :],)
-        logits = added
+        for part in tl.static_range(WORDS // TILE):
+            codes = codes_at(tiles[part], i * BITS, BITS)
+            products = _dot_codes(codes, q, tl.zeros([DP // GROUP, TILE, ROWS], tl.float32))
+            products *= 2.0 ** (CODE_EXPONENT - code_position(i * BITS, BITS))
+            place = group[:, None] * BLOCK + i * WORDS + part * TILE + token[None, :]
+            scale = to_fp32(tl.load(SCALE + place, mask=real[:, None], other=0.0))
+            zero = to_fp32(tl.load(ZERO + place, mask=real[:, None], other=0.0))
+            parts = products * scale[:, :, None] + zero[:, :, None] * total[:, None, :]
+            logits = logits + (tl.sum(parts, 0) * factor[None, :],)
     return logits
 
 
 @triton.jit
-def _largest(tiles, COUNT: tl.constexpr):
+def _largest(tiles):
     """Elementwise maximum of a tuple of tensors."""
     top = tiles[0]
-    for i in tl.static_range(1, COUNT):
+    for i in tl.static_range(1, len(tiles)):
         top = tl.maximum(top, tiles[i])
     return top
+
+
+@triton.jit
+def _stack(tiles):
+    """A tuple of 2**n tiles [T, ROWS], one below the other."""
+    for _ in tl.static_range(log2(len(tiles))):
+        pairs = ()
+        for i in tl.static_range(0, len(tiles), 2):
+            both = tl.permute(tl.join(tiles[i], tiles[i + 1]), (2, 0, 1))
+            pairs = pairs + (tl.reshape(both, [2 * both.shape[1], both.shape[2]]),)
+        tiles = pairs
+    return tiles[0]
 
 
 @triton.jit
@@ -260,37 +304,54 @@ def _finite_max(m):
 
 
 @triton.jit
+def _fold(p, scale, weight):
+    """p [BLOCK, ROWS] times the tokens' scale [BLOCK] times a power of two."""
+    if p.dtype == tl.float32:
+        return p * (to_fp32(scale) * weight)[:, None]
+    else:
+        return p * (to_fp32(scale) * weight).to(tl.float16)[:, None]
+
+
+@triton.jit
+def _store_tile(OUT, out, offset, size, CHANNEL: tl.constexpr, POSITION: tl.constexpr, BITS: tl.constexpr):
+    # Two factors: their product could overflow.
+    codes_part = out * (2.0 ** (CODE_EXPONENT - code_position(POSITION, BITS) - P_EXPONENT - S_EXPONENT)) * exp2i(size)
+    result = codes_part + (offset * 2.0**-P_EXPONENT)[None, :]
+    tl.store(OUT[None, :] + (CHANNEL + tl.arange(0, out.shape[0]))[:, None], result)
+
+
+@triton.jit
 def _attend_tier(
-    q_ptr, factor, K_CODES, K_SCALE, K_ZERO, V_CODES, V_SCALE, V_ZERO, place, first, last,
+    q_ptr, factor, K_CODES, K_SCALE, K_ZERO, V_CODES, V_SCALE, V_ZERO, OUT, place, first, last,
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, K_GROUP: tl.constexpr,
     K_TOKEN_AXIS: tl.constexpr, V_GROUP: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr,
-    SLICES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    SLICES: tl.constexpr, CHUNKS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Blocks `first ... last - 1` of the tier that starts at block `place`.
 
-    Returns (output not divided by its sum: a tuple of tiles [V_GROUP, ROWS], maximum [ROWS] base 2, sum [ROWS]).
+    Stores the output, not divided by its sum, in OUT [D, ROWS]. Returns (maximum [ROWS] base 2, sum [ROWS]).
     """
     # Tokens per tile: a slice of a word tile, or a part of one so that no tile spans two token groups.
-    TILE: tl.constexpr = K_GROUP if K_TOKEN_AXIS and K_GROUP < WORDS else WORDS
-    PARTS: tl.constexpr = WORDS // TILE
-    TILES: tl.constexpr = BLOCK // TILE
-    GROUPS: tl.constexpr = D // V_GROUP
+    K_TILE: tl.constexpr = min(K_GROUP if K_TOKEN_AXIS else 16, WORDS)
     K_META: tl.constexpr = BLOCK // K_GROUP * D if K_TOKEN_AXIS else D // K_GROUP * BLOCK
-    token = tl.arange(0, TILE)
-    channel = tl.arange(0, V_GROUP)
-    group_row = tl.arange(0, 16)
+    GROUPS: tl.constexpr = D // V_GROUP
+    Z_ROWS: tl.constexpr = next_power_of_2(GROUPS + 1)
+    LOADS: tl.constexpr = value_loads(CHUNKS, V_GROUP, SLICES)
+    TILES: tl.constexpr = value_tiles(CHUNKS, V_GROUP, SLICES)
+    token = tl.arange(0, BLOCK)
+    z_row = tl.arange(0, Z_ROWS)
     if K_TOKEN_AXIS:
-        q = tl.load(q_ptr + tl.arange(0, DP)[:, None])
+        q = tl.load(q_ptr[None, :] + tl.arange(0, DP)[:, None])
     else:
-        q_group_ptr = q_ptr + tl.arange(0, K_GROUP)[:, None]
+        inner = tl.arange(0, DP // K_GROUP)[:, None, None] * K_GROUP + tl.arange(0, K_GROUP)[None, :, None]
+        q = tl.load(q_ptr[None, None, :] + inner)
 
     m = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    zeros = tl.zeros([16, ROWS], tl.float32)  # sum_t p_t z_tg, a row per group
+    zeros = tl.zeros([Z_ROWS, ROWS], tl.float32)  # sum_t p_t z_tg in row g, sum_t p_t in the next
     size = tl.full([], LEAST, tl.int32)  # the largest exponent of a value scale yet
     out = ()
-    for group in tl.static_range(GROUPS):
-        out = out + (tl.zeros([V_GROUP, ROWS], tl.float32),)
+    for i in tl.static_range(length_of(TILES)):
+        out = out + (tl.zeros([entry(LOADS, entry(TILES, i, 2), 1), ROWS], tl.float32),)
 
     for block in range(first, last):
         at = place + block
@@ -299,63 +360,53 @@ def _attend_tier(
         k_zero = K_ZERO + at * K_META
         if K_TOKEN_AXIS:
             logits = _logits_token_groups(
-                q, k_codes, k_scale, k_zero, factor, D, DP, WORDS, TILE, BITS, K_GROUP, SLICES, OPERAND, PRECISION
+                q, k_codes, k_scale, k_zero, factor, D, DP, WORDS, K_TILE, BITS, K_GROUP, SLICES, ROWS, BLOCK
             )
         else:
             logits = _logits_channel_groups(
-                q_group_ptr, k_codes, k_scale, k_zero, factor, D, WORDS, ROWS, BITS, K_GROUP, SLICES, BLOCK, OPERAND,
-                PRECISION,
-            )  # fmt: skip
+                q, k_codes, k_scale, k_zero, factor, D, DP, WORDS, K_TILE, BITS, K_GROUP, SLICES, ROWS, BLOCK
+            )
         v_scale = V_SCALE + at * (GROUPS * BLOCK)
-        v_zero = V_ZERO + at * (GROUPS * BLOCK)
-        v_codes = V_CODES + at * (WORDS * D)
         scales = ()
-        for i in tl.static_range(TILES):
-            for group in tl.static_range(GROUPS):
-                scales = scales + (to_fp32(tl.load(v_scale + group * BLOCK + i * TILE + token)),)
+        for group in tl.static_range(GROUPS):
+            scales = scales + (tl.load(v_scale + group * BLOCK + token),)
 
-        m_new = tl.maximum(m, tl.max(_largest(logits, TILES), 0))
+        z_ptr = V_ZERO + at * (GROUPS * BLOCK) + z_row[:, None] * BLOCK + token[None, :]
+        z = tl.load(z_ptr, mask=(z_row < GROUPS)[:, None], other=0.0)
+
+        m_new = tl.maximum(m, tl.max(_largest(logits), 0))
         top = _finite_max(m_new)
-        size_new = tl.maximum(size, exponent(tl.max(_largest(scales, TILES * GROUPS), 0)))
         decay = tl.exp2(m - top)
         m = m_new
-        total *= decay
-        zeros *= decay[None, :]
-        scaled = ()
-        for group in tl.static_range(GROUPS):
-            scaled = scaled + (out[group] * (decay * exp2i(size - size_new))[None, :],)
-        out = scaled
+        size_new = tl.maximum(size, exponent(tl.max(to_fp32(_largest(scales)), 0)))
+        out_decay = decay * exp2i(size - size_new)
         size = size_new
+        probs = ()
+        for i in tl.static_range(len(logits)):
+            p = tl.exp2(logits[i] - (top - P_EXPONENT)[None, :])
+            probs = probs + (p if EXACT else p.to(tl.float16),)
+        probs = _stack(probs)
+        # A row of ones: the product sums p, too.
+        z = tl.where((z_row < GROUPS)[:, None], to_fp16(z), 1.0)
+        zeros = _dot_codes(z, probs, zeros * decay[None, :])
+        weight = exp2i(-size + S_EXPONENT)
+        v_words = V_CODES + at * (WORDS * D)
+        loads = ()
+        for i in tl.static_range(length_of(LOADS)):
+            word = entry(LOADS, i, 0) + tl.arange(0, entry(LOADS, i, 1))
+            loads = loads + (tl.load(v_words + word[:, None] * BLOCK + token[None, :]),)
+        added = ()
+        for i in tl.static_range(length_of(TILES)):
+            if i == 0 or entry(TILES, i, 0) // V_GROUP != entry(TILES, i - 1, 0) // V_GROUP:
+                folded = _fold(probs, scales[entry(TILES, i, 0) // V_GROUP], weight)
+            codes = codes_at(loads[entry(TILES, i, 2)], entry(TILES, i, 1) * BITS, BITS)
+            added = added + (_dot_codes(codes, folded, out[i] * out_decay[None, :]),)
+        out = added
 
-        weight = exp2i(-size + P_EXPONENT)
-        tiles = ()
-        for group in tl.static_range(GROUPS):
-            for part in tl.static_range(PARTS):
-                word_ptr = v_codes + (group * V_GROUP + channel)[:, None] * WORDS + (part * TILE + token)[None, :]
-                tiles = tiles + (tl.load(word_ptr),)
-        sums = tl.zeros([TILE, ROWS], tl.float32)
-        for i in tl.static_range(TILES):
-            probs = tl.exp2(logits[i] - top[None, :])
-            sums += probs
-            z_ptr = v_zero + group_row[:, None] * BLOCK + (i * TILE + token)[None, :]
-            z = to_operand(tl.load(z_ptr, mask=(group_row < GROUPS)[:, None], other=0.0), OPERAND)
-            zeros = tl.dot(z, (probs * 2.0**P_EXPONENT).to(OPERAND), zeros, input_precision=PRECISION)
-            added = ()
-            for group in tl.static_range(GROUPS):
-                unit = scales[i * GROUPS + group] * (weight * (2.0 ** -code_position(i // PARTS * BITS, BITS, OPERAND)))
-                codes = codes_at(tiles[group * PARTS + i % PARTS], i // PARTS * BITS, BITS, OPERAND)
-                folded = (probs * unit[:, None]).to(OPERAND)
-                added = added + (tl.dot(codes, folded, out[group], input_precision=PRECISION),)
-            out = added
-        total += tl.sum(sums, 0)
-
-    result = ()
-    for group in tl.static_range(GROUPS):
-        offset = tl.sum(tl.where(group_row[:, None] == group, zeros, 0.0), 0) * (2.0**-P_EXPONENT)
-        # Two factors: their product could overflow.
-        codes_part = out[group] * (2.0 ** (code_exponent(OPERAND) - P_EXPONENT)) * exp2i(size)
-        result = result + (codes_part + offset[None, :],)
-    return result, m, total
+    for i in tl.static_range(length_of(TILES)):
+        offset = _row(zeros, entry(TILES, i, 0) // V_GROUP)
+        _store_tile(OUT, out[i], offset, size, entry(TILES, i, 0), entry(TILES, i, 1) * BITS, BITS)
+    return m, _row(zeros, GROUPS) * (2.0**-P_EXPONENT)
 
 
 @triton.jit
@@ -398,8 +449,8 @@ def _split_kernel(
     stride_qb, stride_qh, stride_qn, stride_kdb, stride_kdh, stride_kds, stride_vdb, stride_vdh, stride_vds,
     KV_HEADS: tl.constexpr, RATIO: tl.constexpr, NEW: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, BITS: tl.constexpr, K_GROUP: tl.constexpr, K_TOKEN_AXIS: tl.constexpr, V_GROUP: tl.constexpr,
-    BLOCK: tl.constexpr, WORDS: tl.constexpr, SLICES: tl.constexpr, HAS_TIER: tl.constexpr,
-    DENSE_TOKENS: tl.constexpr, DENSE_STEP: tl.constexpr, TIER_OPERAND: tl.constexpr, DENSE_OPERAND: tl.constexpr,
+    BLOCK: tl.constexpr, WORDS: tl.constexpr, SLICES: tl.constexpr, CHUNKS: tl.constexpr, HAS_TIER: tl.constexpr,
+    DENSE_TOKENS: tl.constexpr, DENSE_STEP: tl.constexpr, DENSE_OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one split, for ROWS query rows of one KV head, which share what is read.
@@ -437,16 +488,12 @@ def _split_kernel(
         first = (split - dense_splits) * blocks_per_split
         if first < in_tier:
             place = pair.to(tl.int64) * rows + row
-            q_ptr = Q_TIER + place[None, :] * DP
-            factor = tl.load(FACTOR + place)
-            outs, m, total = _attend_tier(
-                q_ptr, factor, K_CODES, K_SCALE, K_ZERO, V_CODES, V_SCALE, V_ZERO, pair.to(tl.int64) * capacity, first,
-                tl.minimum(first + blocks_per_split, in_tier), D, DP, ROWS, BITS, K_GROUP, K_TOKEN_AXIS, V_GROUP, BLOCK,
-                WORDS, SLICES, TIER_OPERAND, PRECISION,
+            m, total = _attend_tier(
+                Q_TIER + place * DP, tl.load(FACTOR + place), K_CODES, K_SCALE, K_ZERO, V_CODES, V_SCALE, V_ZERO,
+                OUT + result * D, pair.to(tl.int64) * capacity, first, tl.minimum(first + blocks_per_split, in_tier),
+                D, DP, ROWS, BITS, K_GROUP, K_TOKEN_AXIS, V_GROUP, BLOCK, WORDS, SLICES, CHUNKS,
+                Q_TIER.dtype.element_ty == tl.float32,
             )  # fmt: skip
-            for group in tl.static_range(D // V_GROUP):
-                target = OUT + result[None, :] * D + (group * V_GROUP + tl.arange(0, V_GROUP))[:, None]
-                tl.store(target, outs[group])
     tl.store(MAXIMUM + result, m)
     tl.store(TOTAL + result, total)
 
@@ -520,10 +567,11 @@ def attend_triton(
     k_axis: GroupAxis,
     v_group: int,
     rotation: Tensor | None,
-    tuning: AttendTuning = ATTEND,
+    tuning: AttendTuning | None = None,
 ) -> Tensor:
     """`attend` as Triton kernels, in three launches. Nothing that it does on the host depends on device data."""
     check_dtype(q, k_new, v_new, k_dense, v_dense)
+    check_head_dim(q.shape[-1])
     tier = (*k_tier, *v_tier) if k_tier is not None else ()
     if not all(t.is_contiguous() for t in (*tier, state)) or k_dense.stride(-1) != 1 or v_dense.stride(-1) != 1:
         raise ValueError("attend needs a contiguous tier and state, and dense regions with contiguous channels.")
@@ -531,6 +579,7 @@ def attend_triton(
     batch, heads, n, dim = q.shape
     kv_heads, dense_capacity = k_dense.shape[1:3]
     ratio, pairs, padded = heads // kv_heads, batch * kv_heads, triton.next_power_of_2(dim)
+    tuning = tuning or attend_tuning(padded, q.element_size())
     row_tile = min(tuning.rows, max(tuning.min_rows, triton.next_power_of_2(ratio * n)))
     row_tiles = triton.cdiv(ratio * n, row_tile)
     rows = row_tiles * row_tile
@@ -564,9 +613,9 @@ def attend_triton(
         q, q_tier, factor, *(tier or [factor] * 6), k_dense, v_dense, state, partial, maximum, total, length, scale,
         capacity, blocks_per_split, dense_splits, *q.stride()[:3], *dense_strides, **sizes, ROWS=row_tile, BITS=bits,
         K_GROUP=k_group, K_TOKEN_AXIS=k_axis == "token", V_GROUP=v_group, BLOCK=BLOCK, WORDS=words(bits),
-        SLICES=WORD_BITS // bits, HAS_TIER=bool(tier), DENSE_TOKENS=tuning.dense_tokens, DENSE_STEP=tuning.dense_step,
-        TIER_OPERAND=operand_dtype(tier_dtype), DENSE_OPERAND=operand_dtype(q.dtype),
-        PRECISION=dot_precision(q.dtype), num_warps=tuning.warps, num_stages=tuning.stages,
+        SLICES=WORD_BITS // bits, CHUNKS=tuple(value_chunks(dim)), HAS_TIER=bool(tier),
+        DENSE_TOKENS=tuning.dense_tokens, DENSE_STEP=tuning.dense_step, DENSE_OPERAND=operand_dtype(q.dtype),
+        PRECISION=dot_precision(q.dtype), num_warps=tuning.warps, num_stages=tuning.stages, maxnreg=tuning.registers,
     )  # fmt: skip
     _merge_kernel[pairs, ratio * n, padded // columns](
         partial, maximum, total, matrix, out, splits, dense_splits, rows, *out.stride()[:3], **sizes, COLUMNS=columns,

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .jit import check_dtype, round_to, to_fp32, unit_last
-from .packing import BLOCK, WORD_BITS, GroupAxis, Layout, metadata_dtype, pack, quantize, words
+from .jit import check_dtype, check_head_dim, round_to, to_fp32, unit_last
+from .packing import BLOCK, MAX_CHUNK, WORD_BITS, GroupAxis, Layout, metadata_dtype, pack, quantize, value_chunks, words
 from .tuning import COMPRESS, CompressTuning
 
 Packed = tuple[Tensor, Tensor, Tensor]
@@ -82,9 +82,10 @@ def _rotated(x_ptr, x_mask, ROTATION, channel, D: tl.constexpr, DP: tl.constexpr
     return acc
 
 
-@triton.jit(do_not_specialize=["start", "kept", "capacity"])
+@triton.jit(do_not_specialize=["start", "kept", "capacity", "first_channel"])
 def _compress_kernel(
-    X, INDEX, TOKENS, FIRST, ROTATION, CODES, SCALE, ZERO, stride_xb, stride_xh, stride_xs, start, kept, capacity, inset,
+    X, INDEX, TOKENS, FIRST, ROTATION, CODES, SCALE, ZERO, stride_xb, stride_xh, stride_xs, start, kept, capacity,
+    first_channel, inset,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHANNELS: tl.constexpr, STEP: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, TOKEN_AXIS: tl.constexpr, KEY_LAYOUT: tl.constexpr,
     HAS_INDEX: tl.constexpr, ROTATE: tl.constexpr, IN_PLACE: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
@@ -93,7 +94,7 @@ def _compress_kernel(
     """One program: one block of one head, CHANNELS of its channels."""
     source_block = tl.program_id(0)
     head = tl.program_id(1) % HEADS
-    channel0 = tl.program_id(1) // HEADS * CHANNELS
+    channel0 = first_channel + tl.program_id(1) // HEADS * CHANNELS
     batch = tl.program_id(2).to(tl.int64)
     filled = source_block * BLOCK < tl.load(TOKENS + batch)
     block = source_block
@@ -145,15 +146,17 @@ def _compress_kernel(
         # Adding 1.5 * 2**23 leaves no bits below one: rounds to nearest, ties to even.
         codes = ((position + 12582912.0) - 12582912.0).to(tl.int32)
 
-        slices = tl.reshape(codes, [SLICES, WORDS, CHANNELS])
-        packed = tl.sum(slices << (tl.arange(0, SLICES) * BITS)[:, None, None], 0).to(tl.int16)
         place = (batch * HEADS + head) * capacity + block
-        word = tl.arange(0, WORDS)
+        shift = tl.arange(0, SLICES) * BITS
         if KEY_LAYOUT:
-            inner = word[:, None] * D + channel[None, :]
+            packed = tl.sum(tl.reshape(codes, [SLICES, WORDS, CHANNELS]) << shift[:, None, None], 0)
+            inner = tl.arange(0, WORDS)[:, None] * D + channel[None, :]
+            tl.store(CODES + place * (WORDS * D) + inner, packed.to(tl.int16), mask=(channel < D)[None, :])
         else:
-            inner = channel[None, :] * WORDS + word[:, None]
-        tl.store(CODES + place * (WORDS * D) + inner, packed, mask=(channel < D)[None, :])
+            packed = tl.sum(tl.reshape(codes, [BLOCK, SLICES, CHANNELS // SLICES]) << shift[None, :, None], 1)
+            row = channel0 // SLICES + tl.arange(0, CHANNELS // SLICES)
+            inner = row[None, :] * BLOCK + tl.arange(0, BLOCK)[:, None]
+            tl.store(CODES + place * (WORDS * D) + inner, packed.to(tl.int16))
 
         if TOKEN_AXIS:
             inner = tl.arange(0, BLOCK // GROUP)[:, None] * D + channel[None, :]
@@ -180,6 +183,18 @@ def empty_packed(
     return codes, scale, torch.empty_like(scale)
 
 
+def _launches(dim: int, layout: Layout) -> list[tuple[int, int, int]]:
+    """(first channel, channels per program, programs): one launch, but for values whose chunks differ in size."""
+    if layout == "value":
+        chunks = value_chunks(dim)
+        if len({channels for _, channels in chunks}) > 1:
+            return [(first, channels, 1) for first, channels in chunks]
+        return [(0, chunks[0][1], len(chunks))]
+    padded = triton.next_power_of_2(dim)
+    channels = min(padded, MAX_CHUNK)
+    return [(0, channels, padded // channels)]
+
+
 def compress_triton(
     x: Tensor,
     index: Tensor | None,
@@ -196,8 +211,9 @@ def compress_triton(
     first_block: Tensor | None = None,
     tuning: CompressTuning = COMPRESS,
 ) -> Packed:
-    """`compress` as a Triton kernel, in one launch."""
+    """`compress` as a Triton kernel: one launch, or two for a head dimension that is no power of two."""
     check_dtype(x)
+    check_head_dim(x.shape[-1])
     x = unit_last(x)
     batch, heads, _, dim = x.shape
     in_place = out is not None
@@ -206,17 +222,16 @@ def compress_triton(
     elif not all(t.is_contiguous() for t in out):
         raise ValueError("compress writes into contiguous tensors only.")
     padded = triton.next_power_of_2(dim)
-    channels = min(padded, tuning.channels)
     matrix = x if rotation is None else rotation.to(torch.float32).contiguous()
-    _compress_kernel[blocks, heads * triton.cdiv(padded, channels), batch](
-        x, x if index is None else index.contiguous(), tokens, tokens if first_block is None else first_block, matrix,
-        *out, *x.stride()[:3], start, 0 if index is None else index.shape[2], out[0].shape[2],
-        (1 - clip) / 2,
-        HEADS=heads, D=dim, DP=padded, CHANNELS=channels, STEP=min(padded, tuning.contracted), BITS=bits, GROUP=group,
-        TOKEN_AXIS=axis == "token", KEY_LAYOUT=layout == "key", HAS_INDEX=index is not None,
-        ROTATE=rotation is not None, IN_PLACE=in_place, LIMIT=torch.finfo(out[1].dtype).max, BLOCK=BLOCK,
-        WORDS=words(bits), SLICES=WORD_BITS // bits, num_warps=tuning.warps, num_stages=tuning.stages,
-    )  # fmt: skip
+    for first, channels, programs in _launches(dim, layout):
+        _compress_kernel[blocks, heads * programs, batch](
+            x, x if index is None else index.contiguous(), tokens, tokens if first_block is None else first_block,
+            matrix, *out, *x.stride()[:3], start, 0 if index is None else index.shape[2], out[0].shape[2],
+            first, (1 - clip) / 2, HEADS=heads, D=dim, DP=padded, CHANNELS=channels, STEP=min(padded, tuning.contracted), BITS=bits,
+            GROUP=group, TOKEN_AXIS=axis == "token", KEY_LAYOUT=layout == "key", HAS_INDEX=index is not None,
+            ROTATE=rotation is not None, IN_PLACE=in_place, LIMIT=torch.finfo(out[1].dtype).max, BLOCK=BLOCK,
+            WORDS=words(bits), SLICES=WORD_BITS // bits, num_warps=tuning.warps, num_stages=tuning.stages,
+        )  # fmt: skip
     return out
 
 

@@ -23,6 +23,12 @@ def check_dtype(*tensors: Tensor) -> None:
         raise ValueError(f"The kernels take float16, bfloat16 or float32, one for all, not {dtypes}.")
 
 
+def check_head_dim(head_dim: int) -> None:
+    """Raises: ValueError, unless the kernels take this head dimension."""
+    if head_dim % 16:
+        raise ValueError(f"The kernels take head dimensions that are multiples of 16, not {head_dim}.")
+
+
 def operand_dtype(dtype: torch.dtype) -> tl.dtype:
     """The dtype in which a tensor of `dtype` enters a matrix product."""
     return tl.float32 if INTERPRET and dtype == torch.bfloat16 else _DTYPES[dtype]
@@ -57,6 +63,21 @@ def to_operand(x, OPERAND: tl.constexpr):
     if OPERAND == tl.float16:
         x = tl.minimum(tl.maximum(x, -FP16_MAX), FP16_MAX)
     return x.to(OPERAND)
+
+
+@triton.jit
+def to_fp16(x):
+    """To fp16, where it is stored, before anything spreads it over threads. What lies beyond its range saturates."""
+    if x.dtype == tl.float16:
+        return x
+    x = to_fp32(x)
+    if INTERPRET:
+        return tl.minimum(tl.maximum(x, -FP16_MAX), FP16_MAX).to(tl.float16)
+    else:
+        # Not pure, so that the compiler does not move it behind a change of layout, where there are more copies of x.
+        return tl.inline_asm_elementwise(
+            "cvt.rn.satfinite.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.float16, is_pure=False, pack=2
+        )
 
 
 @triton.jit
@@ -97,14 +118,59 @@ def code_shift(position, bits):
 
 
 @triton.constexpr_function
-def code_position(position, bits, operand):
-    """The operand that stands for a code is `code * 2**code_position`, times 2**-CODE_EXPONENT for fp16."""
-    return position - code_shift(position, bits) if operand == tl.float16 else 0
+def code_position(position, bits):
+    """The operand that stands for a code is `code * 2**(code_position - CODE_EXPONENT)`."""
+    return position - code_shift(position, bits)
 
 
 @triton.constexpr_function
-def code_exponent(operand):
-    return CODE_EXPONENT.value if operand == tl.float16 else 0
+def next_power_of_2(n):
+    return triton.next_power_of_2(n)
+
+
+@triton.constexpr_function
+def log2(n):
+    return n.bit_length() - 1
+
+
+@triton.constexpr_function
+def value_loads(chunks, group, slices):
+    """How a value block's words are loaded: (first row, rows) of the matrix [head_dim / slices, BLOCK] of words.
+
+    `chunks` as from `packing.value_chunks`. A load that becomes several tiles of channels (`value_tiles`) stands once.
+    """
+    return tuple(
+        (first // slices + part, min(channels // slices, group))
+        for first, channels in chunks
+        for part in range(0, channels // slices, min(channels // slices, group))
+    )
+
+
+@triton.constexpr_function
+def value_tiles(chunks, group, slices):
+    """The tiles of channels that a value block's words hold: (first channel, slice, index in `value_loads`).
+
+    A tile has as many channels as its load has rows; they share one group.
+    """
+    tiles, load = (), 0
+    for first, channels in chunks:
+        rows = channels // slices
+        parts = rows // min(rows, group)
+        for i in range(slices):
+            for part in range(parts):
+                tiles += ((first + i * rows + part * (rows // parts), i, load + part),)
+        load += parts
+    return tiles
+
+
+@triton.constexpr_function
+def length_of(table):
+    return len(table)
+
+
+@triton.constexpr_function
+def entry(table, i, j):
+    return table[i][j]
 
 
 @triton.constexpr_function
@@ -116,13 +182,11 @@ def _extract_asm(shift, mask):
 
 
 @triton.jit
-def codes_at(words, POSITION: tl.constexpr, BITS: tl.constexpr, OPERAND: tl.constexpr):
-    """The codes at bit POSITION of int16 words, as operands: `code * 2**(code_position - code_exponent)`."""
+def codes_at(words, POSITION: tl.constexpr, BITS: tl.constexpr):
+    """The codes at bit POSITION of int16 words, as fp16 operands: `code * 2**(code_position - CODE_EXPONENT)`."""
     SHIFT: tl.constexpr = code_shift(POSITION, BITS)
     MASK: tl.constexpr = ((1 << BITS) - 1) << (POSITION - SHIFT)
-    if OPERAND == tl.float32:
-        return ((words >> POSITION) & ((1 << BITS) - 1)).to(tl.float32)
-    elif INTERPRET:
+    if INTERPRET:
         return ((words >> SHIFT) & MASK).to(tl.float16, bitcast=True)
     else:
         return tl.inline_asm_elementwise(

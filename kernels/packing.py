@@ -1,12 +1,20 @@
 """The packed format: how 2-, 4- and 8-bit codes and their metadata lie in memory.
 
-Tokens are packed in blocks of `BLOCK` = 128. Inside a block, a 16-bit word holds 16 / bits codes of *one channel*:
-word `w` holds the tokens `w, w + W, w + 2W, ...` with `W = words(bits) = 8 * bits`. So slice `i` of a tile of words,
-`(tile >> i * bits) & mask`, is a tile of `W` contiguous tokens with every channel: a matrix operand as it stands, for
-any head dimension. Two layouts, so that a 32-bit load holds two neighbours along the axis that attention contracts:
+Tokens are packed in blocks of `BLOCK` = 128. A block of codes is a matrix of 16-bit words, each of which holds
+S = 16 / bits codes that are far apart along one axis, so that slice `i` of it, `(words >> i * bits) & mask`, is a
+*contiguous* part of the block: a matrix operand as it stands.
 
-    key    codes [..., blocks, W, head_dim]      q @ k^T contracts channels
-    value  codes [..., blocks, head_dim, W]      p @ v contracts tokens
+    key    words [BLOCK / S, head_dim]   slice i: tokens i * BLOCK / S ..., all channels     (k @ q contracts channels)
+    value  words [C / S, BLOCK]          slice i: channels i * C / S ..., all tokens         (v @ p contracts tokens)
+
+Neighbours along the contracted axis are neighbours in memory, so a 32-bit register holds two of them. The axis that is
+cut into slices is never the one that is contracted: what scales the codes along the contracted axis (a key's scale is
+q's, a value's is p's) is folded once for all slices. Values are cut in chunks of C channels, powers of two, that make
+up the head dimension (`value_chunks`), one matrix after the other; a rest of less than 16 channels, which no kernel
+takes, is cut along tokens instead. Tensors of codes:
+
+    key    [..., blocks, W, head_dim]    with W = BLOCK / S = words(bits)
+    value  [..., blocks, head_dim, W]    as many words; in memory they are the chunks' matrices, one after the other
 
 A group of `group` values shares one scale and one zero. Its values lie along tokens (one channel; KIVI's and MiniKV's
 "sub-channel" keys) or along channels (one token; values, and MiKV's keys):
@@ -27,6 +35,9 @@ BLOCK = 128
 
 WORD_BITS = 16
 
+MAX_CHUNK = 128
+"""Channels that one program of the compress kernel holds."""
+
 Layout = Literal["key", "value"]
 GroupAxis = Literal["token", "channel"]
 
@@ -46,6 +57,17 @@ def value_group(group: int, head_dim: int) -> int:
     while head_dim % group:
         group //= 2
     return group
+
+
+def value_chunks(head_dim: int) -> list[tuple[int, int]]:
+    """(first channel, channels): powers of two from 16 to MAX_CHUNK that make up `head_dim` (80 = 64 + 16), but for a
+    rest of less than 16."""
+    chunks, first = [], 0
+    while head_dim - first >= 16:
+        channels = min(MAX_CHUNK, 1 << (head_dim - first).bit_length() - 1)
+        chunks.append((first, channels))
+        first += channels
+    return chunks
 
 
 def _grouped(x: Tensor, group: int, axis: GroupAxis) -> Tensor:
@@ -118,22 +140,47 @@ def to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.clamp(-limit, limit).to(dtype)
 
 
-def pack(codes: Tensor, bits: int, layout: Layout) -> Tensor:
-    """int32 codes [..., blocks, BLOCK, head_dim] -> int16 words, in the order of `layout`."""
-    *lead, _, channels = codes.shape
-    slices = codes.reshape(*lead, WORD_BITS // bits, words(bits), channels)
-    shifts = torch.arange(0, WORD_BITS, bits, device=codes.device, dtype=torch.int32).view(-1, 1, 1)
+def _or_shifted(slices: Tensor, bits: int) -> Tensor:
+    """int32 codes [..., 16 / bits, n, m] -> int16 words [..., n, m]."""
+    shifts = torch.arange(0, WORD_BITS, bits, device=slices.device, dtype=torch.int32).view(-1, 1, 1)
     packed = (slices << shifts).sum(-3)
     # The sum is at most 65535: wrap into the signed word without an out-of-range conversion.
-    packed = (packed - ((packed >> 15) << 16)).to(torch.int16)
-    return packed if layout == "key" else packed.transpose(-1, -2).clone(memory_format=torch.contiguous_format)
+    return (packed - ((packed >> 15) << 16)).to(torch.int16)
+
+
+def _slices(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of `_or_shifted`."""
+    shifts = torch.arange(0, WORD_BITS, bits, device=packed.device, dtype=torch.int32).view(-1, 1, 1)
+    return (packed.to(torch.int32).unsqueeze(-3) >> shifts) & (2**bits - 1)
+
+
+def pack(codes: Tensor, bits: int, layout: Layout) -> Tensor:
+    """int32 codes [..., blocks, BLOCK, head_dim] -> int16 words, in the order of `layout`."""
+    slices = WORD_BITS // bits
+    if layout == "key":
+        return _or_shifted(codes.unflatten(-2, (slices, words(bits))), bits)
+    codes = codes.transpose(-1, -2)
+    *lead, channels, _ = codes.shape
+    chunks = [
+        _or_shifted(codes[..., first : first + n, :].unflatten(-2, (slices, n // slices)), bits)
+        for first, n in value_chunks(channels)
+    ]
+    rest = codes[..., channels - channels % 16 :, :].transpose(-1, -2).unflatten(-2, (slices, words(bits)))
+    chunks.append(_or_shifted(rest, bits).transpose(-1, -2))
+    return torch.cat([chunk.flatten(-2) for chunk in chunks], -1).view(*lead, channels, words(bits))
 
 
 def unpack(packed: Tensor, bits: int, layout: Layout) -> Tensor:
     """The inverse of `pack`: int32 [..., blocks, BLOCK, head_dim]."""
-    if layout == "value":
-        packed = packed.transpose(-1, -2)
-    *lead, _, channels = packed.shape
-    shifts = torch.arange(0, WORD_BITS, bits, device=packed.device, dtype=torch.int32).view(-1, 1, 1)
-    codes = (packed.to(torch.int32).unsqueeze(-3) >> shifts) & (2**bits - 1)
-    return codes.reshape(*lead, BLOCK, channels)
+    if layout == "key":
+        return _slices(packed, bits).flatten(-3, -2)
+    slices = WORD_BITS // bits
+    channels, width = packed.shape[-2:]
+    flat = packed.flatten(-2)
+    chunks = [
+        _slices(flat[..., first * width : (first + n) * width].unflatten(-1, (n // slices, BLOCK)), bits).flatten(-3, -2)
+        for first, n in value_chunks(channels)
+    ]
+    rest = packed[..., channels - channels % 16 :, :].transpose(-1, -2)
+    chunks.append(_slices(rest, bits).flatten(-3, -2).transpose(-1, -2))
+    return torch.cat(chunks, -2).transpose(-1, -2)

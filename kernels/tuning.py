@@ -31,9 +31,6 @@ def scores_tuning(head_dim: int, itemsize: int) -> ScoresTuning:
 
 @dataclass(frozen=True)
 class CompressTuning:
-    channels: int = 128
-    """Channels per program, a power of two. A 128-token block of 128 channels is 64 KiB in fp32: 64 registers a thread
-    for eight warps. Wider heads are split over programs."""
     contracted: int = 32
     """Channels per step of the rotation's product."""
     warps: int = 8
@@ -46,7 +43,7 @@ COMPRESS = CompressTuning()
 @dataclass(frozen=True)
 class AttendTuning:
     rows: int = 16
-    """Query rows (head in the group, new token) per program, at most. More would not leave registers for the output."""
+    """Query rows (head in the group, new token) per program, at most: they share what is read."""
     min_rows: int = 8
     """The narrowest matrix instruction's columns."""
     min_blocks: int = 8
@@ -67,10 +64,32 @@ class AttendTuning:
     """One: a slice of a 2-bit block has 16 tokens, one warp's share of a matrix product, and a program of one warp needs
     no barriers."""
     stages: int = 3
-    """Blocks in flight: two of them cover the memory's latency at about eight programs per multiprocessor."""
+    """Triton keeps `stages - 1` blocks in shared memory and asks for the next one at the end of a step. With 2, a program
+    waits for each block and only other programs hide that; with 3, it has a whole step's time, for 8 KiB more (2 bits)."""
+    registers: int | None = None
+    """Limit per thread; None for the compiler's 255, with which 8 programs fit on a multiprocessor."""
 
 
-ATTEND = AttendTuning()
+def attend_tuning(head_dim: int, itemsize: int) -> AttendTuning:
+    """By bytes of a head, as it enters the dense region's products."""
+    if head_dim * itemsize <= 256:
+        return AttendTuning()
+    # Output, q and words grow with the head: fewer rows and tokens at once, or they would not fit in registers.
+    return AttendTuning(rows=8, dense_step=16)
+
+
+ATTEND_VARIANTS: dict[str, dict[str, int]] = {
+    "stages2": dict(stages=2),
+    "stages2-reg168": dict(stages=2, registers=168),  # 11 programs on a multiprocessor; spills about 150 bytes
+    "stages2-reg168-waves22": dict(stages=2, registers=168, waves=22),
+    "stages2-reg128-waves24": dict(stages=2, registers=128, waves=24),
+    "stages4": dict(stages=4),
+    "waves8": dict(waves=8),
+    "waves32": dict(waves=32),
+    "blocks4": dict(min_blocks=4),
+    "blocks16": dict(min_blocks=16),
+}
+"""What `benchmarks/kernels.py --tune` measures beside the table's choice: changes to `attend_tuning`."""
 
 
 def attend_blocks_per_split(capacity: int, programs_per_split: int, multiprocessors: int, tuning: AttendTuning) -> int:

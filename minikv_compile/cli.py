@@ -15,6 +15,8 @@ from .config import PRESETS
 from .measure import FULL, Measurement, answers_table, draw_kept, figures_table, layers_table, measure
 from .report import explain as explain_model
 
+METHODS = f'"{FULL}" (the dense cache) or a preset: {", ".join(PRESETS)}. Repeat to compare.'
+
 app = typer.Typer(help="Run decoder LLMs from a packed 2-bit KV cache.", no_args_is_help=True, add_completion=False)
 console = Console()
 
@@ -58,7 +60,7 @@ def generate(
     model: Model,
     prompt_file: Annotated[Path, typer.Option(help="Text file with the prompt, question included.", exists=True)],
     method: Annotated[
-        list[str], typer.Option(help=f'"{FULL}" (the dense cache) or a preset: {", ".join(PRESETS)}. Repeat to compare.')
+        list[str], typer.Option(help=METHODS)
     ] = [FULL, "default", "minikv"],  # noqa: B006
     max_new_tokens: int = 64,
     device: Device = "auto",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo import lookup_backend, maybe_mark_dynamic
-from torch._dynamo.source import AttrSource, TensorProperty, TensorPropertySource
+from torch._dynamo.source import AttrSource, ConstantSource, TensorProperty, TensorPropertySource
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
@@ -38,6 +38,16 @@ def field_source(source, name: str):
     if name == "length":
         return TensorPropertySource(source, TensorProperty.SIZE, 2)
     return AttrSource(source, name)
+
+
+def constant_source(name: str):
+    """Dynamo's source of an input that is no argument of the user's."""
+    return ConstantSource(name)
+
+
+def fake_constant(x: Tensor, like: Tensor) -> Tensor:
+    """`x` without data, of fixed size, beside the fake tensor `like`."""
+    return like.fake_mode.from_tensor(x, static_shapes=True)
 
 
 def copy_module_attributes(source: GraphModule, target: GraphModule) -> None:

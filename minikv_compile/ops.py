@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -229,16 +228,10 @@ def tier_shapes(config: MiniKVConfig, role: str, blocks: int, dim: int) -> tuple
     return ((blocks, width, dim) if role == "key" else (blocks, dim, width)), meta, meta
 
 
-@lru_cache
-def fused_attend() -> Callable[..., Tensor]:
-    """The attention of the CPU compiled by Inductor: once for all layers, lengths and capacities."""
-    return torch.compile(attention.attend_reference, dynamic=True)
-
-
 @custom_op("minikv::decode_attention", mutates_args=("k_dense", "v_dense"))
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, k_tier: Sequence[Tensor], v_tier: Sequence[Tensor], k_dense: Tensor,
-    v_dense: Tensor, state: Tensor, length: int, scale: float, config: str, fused: bool = False, padding: Tensor | None = None,
+    v_dense: Tensor, state: Tensor, length: int, scale: float, config: str, padding: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Append the new tokens to the dense regions, and attend from them over tier and dense region.
 
@@ -247,7 +240,6 @@ def decode_attention(
         k_tier, v_tier: codes, scale and zero, or nothing (16 bits). k_dense, v_dense: written in place; the caller has
             made room (`KVTensor.reserve`).
         state: int32 [batch, 3] of the keys. length: logical tokens, without the new ones.
-        fused: on a CPU, compile the attention with Inductor.
         padding: [batch, length + n], false for padding; None if none of the new tokens can be.
 
     Returns:
@@ -262,22 +254,36 @@ def decode_attention(
             f"There is padding among the {q.shape[2]} tokens that follow a compressed cache of {length}: continue the "
             "rows of the batch with equally many tokens, or one row at a time."
         )
-    dim, length = q.shape[-1], length + k.shape[2]
-    past = tuple(k_tier) or None, tuple(v_tier) or None, k_dense, v_dense, state, length
-    form = (
-        scale, settings.bits, settings.group, "token", settings.value_group(dim),
+    dim = q.shape[-1]
+    return attention.attend(
+        q, k, v, tuple(k_tier) or None, tuple(v_tier) or None, k_dense, v_dense, state, length + k.shape[2], scale,
+        settings.bits, settings.group, "token", settings.value_group(dim),
         rotation_matrix(settings.rotation, dim, q.device),
     )  # fmt: skip
-    if not fused or q.is_cuda:
-        return attention.attend(q, k, v, *past, *form)
-    attention.append(k_dense, k, state, length)
-    attention.append(v_dense, v, state, length)
-    return fused_attend()(q, *past, *form)
 
 
 @decode_attention.register_fake
-def _(q, k, v, k_tier, v_tier, k_dense, v_dense, state, length, scale, config, fused=False, padding=None):
+def _(q, k, v, k_tier, v_tier, k_dense, v_dense, state, length, scale, config, padding=None):
     return q.new_empty(q.shape)
+
+
+def decode_attention_in_graph(
+    q: Tensor, k: Tensor, v: Tensor, k_tier: Sequence[Tensor], v_tier: Sequence[Tensor], k_dense: Tensor,
+    v_dense: Tensor, state: Tensor, length: int, scale: float, config: str, rotation: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`decode_attention` for a compiler to trace through and fuse: what Inductor gets on a CPU.
+
+    Args:
+        rotation: the matrix of the configuration, as a constant of the graph.
+    """
+    settings = MiniKVConfig.from_json(config)
+    length = length + k.shape[2]
+    attention.append(k_dense, k, state, length)
+    attention.append(v_dense, v, state, length)
+    return attention.attend_reference(
+        q, tuple(k_tier) or None, tuple(v_tier) or None, k_dense, v_dense, state, length, scale, settings.bits,
+        settings.group, "token", settings.value_group(q.shape[-1]), rotation,
+    )  # fmt: skip
 
 
 @custom_op("minikv::flush", mutates_args=("codes", "scale", "zero", "dense", "state"))

@@ -36,7 +36,10 @@ def desugar(
     for node in graph.nodes:
         if node.op != "placeholder":
             continue
-        if node in rewritten.fields:
+        if node in rewritten.constants:
+            getters.append(_constant(rewritten.constants[node]))
+            inputs.append(example(node))
+        elif node in rewritten.fields:
             kv, name = rewritten.fields[node]
             getters.append(_field(position[kv], name))
             inputs.append(example(node))
@@ -50,6 +53,10 @@ def desugar(
 
 def _argument(i: int) -> Getter:
     return lambda args: args[i]
+
+
+def _constant(value: Tensor) -> Getter:
+    return lambda args: value
 
 
 def _field(i: int, name: str) -> Getter:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from .. import compat, ops
 from ..config import MiniKVConfig
 from ..ops import ROLES
+from ..rotation import rotation_matrix
 from ..tensor import SEQ, KVTensor
 from . import functional
 from .graph import argument, callee, erase_dead, example, is_call, is_getitem, same, shape
@@ -73,6 +74,9 @@ class Rewritten:
     fields: dict[Node, tuple[Node, str]] = field(default_factory=dict)
     """Placeholders made by the pass: of which `KVTensor` placeholder they hold which tensor, or "length"."""
 
+    constants: dict[Node, torch.Tensor] = field(default_factory=dict)
+    """Placeholders made by the pass that always take the same tensor."""
+
     @property
     def outputs_changed(self) -> bool:
         """Whether the graph still returns what Dynamo expects by itself."""
@@ -83,7 +87,7 @@ class Rewriter:
     """Rewrites a copy of one Dynamo graph. Dynamo reads its own graph again later, so that one is never edited."""
 
     def __init__(self, module: GraphModule, config: MiniKVConfig, fused: bool = False):
-        """`fused`: whether ops that run in plain PyTorch are to be compiled too."""
+        """`fused`: whether what runs in plain PyTorch is to be traced into the graph."""
         self.config, self.fused = config, fused
         self.module = copy_module(module)
         self.graph = self.module.graph
@@ -195,11 +199,14 @@ class Rewriter:
         with self.graph.inserting_before(site.node):
             k_tier, v_tier = ([self.field(kv, name) for name in tier] for kv in past)
             k_dense, v_dense = (self.field(kv, "dense") for kv in past)
+            # A CPU has no kernel of ours: Inductor makes one of the op's plain PyTorch.
+            in_graph = self.fused and example(site.query).device.type == "cpu" and padding is None
+            last = self._rotation(site.query) if in_graph else padding
             out = self.graph.call_function(
-                minikv.decode_attention.default,
+                ops.decode_attention_in_graph if in_graph else minikv.decode_attention.default,
                 (
                     site.query, key.new, value.new, k_tier, v_tier, k_dense, v_dense, self.field(key.past, "state"),
-                    self.field(key.past, "length"), site.scale, self.config.to_json(), self.fused, padding,
+                    self.field(key.past, "length"), site.scale, self.config.to_json(), last,
                 ),
             )  # fmt: skip
         out.meta["example_value"] = example(site.node)
@@ -235,6 +242,19 @@ class Rewriter:
                 valid = self.graph.call_method("bool", (padding_now,))
                 self._rows[padding] = tuple(self._call(minikv.align_rows.default, (valid,), 2))
         return self._rows[padding]
+
+    def _rotation(self, query: Node) -> Node | None:
+        """The rotation matrix, as an input that the boundary fills."""
+        matrix = rotation_matrix(self.config.rotation, shape(query)[3], example(query).device)
+        known = [node for node, constant in self.result.constants.items() if constant is matrix]
+        if matrix is None or known:
+            return known[0] if known else None
+        with self.graph.inserting_before(self.originals[0]):
+            node = self.graph.placeholder(f"minikv_rotation_{shape(query)[3]}")
+        node.meta["example_value"] = compat.fake_constant(matrix, like=example(query))
+        node._dynamo_source = compat.constant_source(node.name)
+        self.result.constants[node] = matrix
+        return node
 
     def _size_of(self, size: Any) -> Any:
         """A node, or a constant, of a size."""
