@@ -6,6 +6,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class MiniKVBackend:
         self.config = config or MiniKVConfig()
         self.inner = inner
         self.graphs: list[list[SiteReport]] = []
+        compat.allow_graphs(64)
         self.records = True  # whether what it rewrites makes a model active
 
     def __call__(
@@ -69,8 +71,9 @@ class MiniKVBackend:
         inputs, boundary = desugar(rewritten, rewriter.originals, example_inputs, self.config)
         boundary.compiled = inner(rewritten.module, inputs)
         if self.records:
-            parameters = (x for x in example_inputs if isinstance(x, torch.nn.Parameter))
-            _rewritten_parameters.update({id(p): p for p in parameters})
+            places = [i for i, x in enumerate(example_inputs) if isinstance(x, torch.nn.Parameter)]
+            if places:
+                boundary.parameter, boundary.on_model = places[0], partial(_record, places)
         return boundary
 
     def _check_gradients(self, example_inputs: Sequence[Any]) -> None:
@@ -100,6 +103,10 @@ class MiniKVBackend:
 
     def __repr__(self) -> str:
         return f"MiniKVBackend({self.config}, inner={self.inner!r})"
+
+
+def _record(places: list[int], args: Sequence[Any]) -> None:
+    _rewritten_parameters.update({id(args[i]): args[i] for i in places})
 
 
 minikv_backend = MiniKVBackend()

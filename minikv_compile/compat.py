@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch._dynamo import lookup_backend, maybe_mark_dynamic
 from torch._dynamo.source import AttrSource, ConstantSource, TensorProperty, TensorPropertySource
@@ -14,6 +15,21 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size
+
+
+disabled_torch_function = torch._C._disabled_torch_function_impl
+"""For `__torch_function__`: rules live in `__torch_dispatch__` alone, so that Dynamo sees an ordinary tensor."""
+
+
+def allow_graphs(count: int) -> None:
+    """Let a forward be compiled for so many kinds of inputs: past Dynamo's limit (8) it would run uncompressed."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, count)
+
+
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Raise where `condition` is false, without waiting for the device."""
+    torch._assert_async(condition, message)
 
 
 def is_fake(x: Tensor) -> bool:

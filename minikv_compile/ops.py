@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -22,6 +24,20 @@ window, buffer); how many stored tokens hold NaN or inf; tokens in the tier."""
 
 MIN_BLOCKS = 2
 """A dimension of size 0 or 1 would be specialised by Dynamo, and its growth would recompile."""
+
+
+def without_autocast(op: Callable) -> Callable:
+    """Codes and scores must not depend on the caller's autocast."""
+
+    @wraps(op)
+    def run(*args, **kwargs):
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            return op(*args, **kwargs)
+
+    return run
 
 
 @custom_op("minikv::align_rows", mutates_args=())
@@ -57,6 +73,7 @@ def take_tokens(x: Tensor, order: Tensor) -> Tensor:
 
 
 @custom_op("minikv::prefill_attention", mutates_args=())
+@without_autocast
 def prefill_attention(
     q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, lengths: Tensor | None, scale: float, scored: bool
 ) -> tuple[Tensor, Tensor]:
@@ -124,6 +141,7 @@ def grouping(config: MiniKVConfig, role: str, head_dim: int) -> tuple[int, str]:
 
 
 @custom_op("minikv::compress", mutates_args=())
+@without_autocast
 def compress_prompt(
     k: Tensor, v: Tensor, scores: Tensor | None, order: Tensor | None, lengths: Tensor | None, layer: int, layers: int,
     config: str,
@@ -180,7 +198,7 @@ def compress_prompt(
             group, axis = grouping(settings, role, dim)
             blocks = max(max(packed) // BLOCK, MIN_BLOCKS)
             out += compress.compress(x, index, settings.sinks, tier, blocks, settings.bits, group, axis, role, rotation,
-                               settings.range_share)  # fmt: skip
+                               settings.clip)  # fmt: skip
         offset = torch.tensor([seq - n for n in in_dense], dtype=torch.int32, device=k.device)
         out += [take_tokens(x, source), torch.stack([offset, _not_finite(x, counted), tier], -1)]
         if settings.drops or padded:
@@ -229,6 +247,7 @@ def tier_shapes(config: MiniKVConfig, role: str, blocks: int, dim: int) -> tuple
 
 
 @custom_op("minikv::decode_attention", mutates_args=("k_dense", "v_dense"))
+@without_autocast
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, k_tier: Sequence[Tensor], v_tier: Sequence[Tensor], k_dense: Tensor,
     v_dense: Tensor, state: Tensor, length: int, scale: float, config: str, padding: Tensor | None = None,
@@ -249,11 +268,8 @@ def decode_attention(
         ValueError: a new token is padding.
     """
     settings = MiniKVConfig.from_json(config)
-    if padding is not None and not padding[:, length : length + q.shape[2]].all():
-        raise ValueError(
-            f"There is padding among the {q.shape[2]} tokens that follow a compressed cache of {length}: continue the "
-            "rows of the batch with equally many tokens, or one row at a time."
-        )
+    if padding is not None:
+        check_padding(padding.bool(), state, length, q.shape[2], settings)
     dim = q.shape[-1]
     return attention.attend(
         q, k, v, tuple(k_tier) or None, tuple(v_tier) or None, k_dense, v_dense, state, length + k.shape[2], scale,
@@ -265,6 +281,27 @@ def decode_attention(
 @decode_attention.register_fake
 def _(q, k, v, k_tier, v_tier, k_dense, v_dense, state, length, scale, config, padding=None):
     return q.new_empty(q.shape)
+
+
+def check_padding(valid: Tensor, state: Tensor, length: int, n: int, config: MiniKVConfig) -> None:
+    """Raise if the mask of a later call does not fit the cache, which knows its padding from the prefill.
+
+    Args:
+        valid: bool [batch, length + n].
+    """
+    fits = valid[:, length : length + n].all()
+    if not config.drops:
+        stored = state[:, IN_TIER] + length - state[:, OFFSET]
+        fits &= (valid[:, :length].sum(-1) == stored).all()
+    message = (
+        f"The attention mask does not fit the compressed cache of {length} tokens and {n} new ones: padding among the "
+        "new tokens, or other padding than in the prompt. Continue the rows of a batch with equally many tokens, or "
+        "one row at a time, and keep the mask of the prompt."
+    )
+    if valid.is_cuda and n == 1:
+        compat.assert_on_device(fits, message)
+    elif not fits:
+        raise ValueError(message)
 
 
 def decode_attention_in_graph(
@@ -287,6 +324,7 @@ def decode_attention_in_graph(
 
 
 @custom_op("minikv::flush", mutates_args=("codes", "scale", "zero", "dense", "state"))
+@without_autocast
 def flush(
     codes: Tensor, scale: Tensor, zero: Tensor, dense: Tensor, state: Tensor, length: int, n: int, capacity: int,
     blocks: int, role: str, config: str,
@@ -307,7 +345,7 @@ def flush(
     group, axis = grouping(settings, role, dim)
     compress.compress(
         dense, None, settings.sinks, tokens, blocks, settings.bits, group, axis, role,
-        rotation_matrix(settings.rotation, dim, dense.device), settings.range_share, out=(codes, scale, zero),
+        rotation_matrix(settings.rotation, dim, dense.device), settings.clip, out=(codes, scale, zero),
         first_block=state[:, IN_TIER] // BLOCK,
     )  # fmt: skip
     slot = torch.arange(dense.shape[2], device=dense.device)
@@ -341,6 +379,7 @@ def kept_mask(kept: Tensor, state: Tensor, length: int) -> Tensor:
 
 
 @custom_op("minikv::dequantize", mutates_args=())
+@without_autocast
 def dequantize(
     codes: Tensor | None, scale: Tensor | None, zero: Tensor | None, dense: Tensor, state: Tensor, kept: Tensor | None,
     length: int, role: str, config: str,

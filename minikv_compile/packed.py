@@ -7,16 +7,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torchao.utils import TorchAOBaseTensor
 
+from . import compat
 from .kernels.packing import BLOCK, GroupAxis, Layout, dequantize, pack, quantize, to_dtype, unpack
 
 
 class DenseOnUse(TorchAOBaseTensor):
     """A wrapper subclass of which any op without a rule of its own dequantizes its operands and runs."""
 
-    # Rules live in __torch_dispatch__ alone, so that Dynamo sees an ordinary tensor.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = compat.disabled_torch_function
 
     @classmethod
+    @torch.compiler.disable  # a frame that runs eagerly after a graph break may come here
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func._schema.is_mutable and any(isinstance(arg, DenseOnUse) for arg in args[:1]):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .kernels.packing import BLOCK
+
 if TYPE_CHECKING:
     from .config import MiniKVConfig
 
@@ -98,4 +100,10 @@ def select(scores: Tensor, lengths: Sequence[int], layer: int, layers: int, conf
     """
     policy = POLICIES[config.policy]
     assert policy is not None, "a policy that keeps all selects nothing"
-    return [policy(row, n, layer, layers, config) for row, n in zip(scores, lengths, strict=True)]
+
+    def row(scores: Tensor, n: int) -> Tensor:
+        if n < config.sinks + config.window + BLOCK:  # nothing of it will be packed: dropping would save no byte
+            return torch.arange(n, device=scores.device).expand(scores.shape[0], -1)
+        return policy(scores, n, layer, layers, config)
+
+    return [row(*pair) for pair in zip(scores, lengths, strict=True)]

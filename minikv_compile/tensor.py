@@ -265,6 +265,13 @@ class KVTensor(DenseOnUse):
                 f"{self.device}: move the cache with .to(...) or start a new one."
             )
 
+    def __getitem__(self, index):
+        result = super().__getitem__(index)
+        if not isinstance(result, KVTensor) or compat.is_fake(self.dense):
+            return result
+        # Without autograd's note that it is a view, which Dynamo cannot trace.
+        return KVTensor(result.tensors(), self.config, self.role, result.shape[SEQ], result.occupancy).mark_dynamic()
+
     def repeat_interleave(self, repeats, dim=None, *, output_size=None):
         """Rows of the batch keep the type; anything else is dense."""
         if dim not in (0, -4) or not isinstance(repeats, int):
@@ -286,6 +293,8 @@ class KVTensor(DenseOnUse):
                 f"Cannot roll back {removed} tokens of a compressed cache: only the newest {max(config.window, known)} "
                 "are unquantized. Raise MiniKVConfig.window, or keep a deepcopy of the cache from before."
             )
+        if self.kept is not None and not self.kept_mask()[..., length:].all():
+            raise ValueError(f"Cannot roll back {removed} tokens: some of them are padding or dropped prompt tokens.")
         return KVTensor(self.tensors(), config, self.role, length, self.occupancy).mark_dynamic()
 
 

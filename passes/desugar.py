@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
 from .. import compat
 from ..config import MiniKVConfig
 from ..tensor import SEQ, KVTensor, report_not_finite, wrap_prompt
-from .graph import example, same
-from .rewrite import Longer, Made, RewriteError, Rewritten
+from .graph import example, size_getter
+from .rewrite import Longer, Made, Rewritten
 
 Getter = Callable[[Sequence[Any]], Any]
 
@@ -46,8 +45,8 @@ def desugar(
         else:
             getters.append(_argument(position[node]))
             inputs.append(example_inputs[position[node]])
-    growth = {out.past: _size(out.n, originals) for out in rewritten.outputs if isinstance(out, Longer)}
-    lengths = {out: _size(out.length, originals) for out in rewritten.outputs if isinstance(out, Made)}
+    growth = {out.past: size_getter(out.n, originals) for out in rewritten.outputs if isinstance(out, Longer)}
+    lengths = {out: size_getter(out.length, originals) for out in rewritten.outputs if isinstance(out, Made)}
     return inputs, Boundary(config, getters, growth, lengths, rewritten.outputs)
 
 
@@ -65,21 +64,6 @@ def _field(i: int, name: str) -> Getter:
     return lambda args: getattr(args[i], name)
 
 
-def _size(n: Any, originals: Sequence[Node]) -> Getter:
-    """How to read the size `n` off the arguments of a call."""
-    if isinstance(n, int):
-        return lambda args: n
-    for i, node in enumerate(originals):
-        value = example(node)
-        if isinstance(value, torch.SymInt) and same(value, n):
-            return _argument(i)
-        if isinstance(value, Tensor) and not isinstance(value, KVTensor):
-            for dim, size in enumerate(value.shape):
-                if same(size, n):
-                    return lambda args, i=i, dim=dim: args[i].shape[dim]
-    raise RewriteError(f"The number of new tokens, {n}, is no size of an input of the graph.")
-
-
 class Boundary:
     """Calls a compiled graph with the tensors inside `KVTensor`s, and wraps what comes back."""
 
@@ -89,8 +73,14 @@ class Boundary:
     ):  # fmt: skip
         self.config, self.getters, self.growth, self.lengths, self.outputs = config, getters, growth, lengths, outputs
         self.compiled: Callable | None = None
+        self.on_model: Callable[[Sequence[Any]], None] | None = None  # told of the arguments of each new model
+        self.parameter = 0  # position of one of the model's parameters
+        self._model: Any = None
 
     def __call__(self, *args: Any) -> list[Any]:
+        if self.on_model is not None and args[self.parameter] is not self._model:
+            self._model = args[self.parameter]
+            self.on_model(args)
         with compat.outside_inference_mode():
             if self.growth:
                 args = self._reserve(list(args))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,6 +51,29 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
 
 def is_getitem(node: Any) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target is operator.getitem
+
+
+def size_getter(size: Any, inputs: Sequence[Node]) -> Callable[[Sequence[Any]], int] | None:
+    """How to read a size off the arguments of a call; None if it is no size of an input."""
+    if isinstance(size, int):
+        return lambda args: size
+    for i, node in enumerate(inputs):
+        value = example(node)
+        if isinstance(value, torch.SymInt) and same(value, size):
+            return partial(_item_at, i)
+        if isinstance(value, Tensor):
+            for dim, extent in enumerate(value.shape):
+                if same(extent, size):
+                    return partial(_size_at, i, dim)
+    return None
+
+
+def _item_at(i: int, args: Sequence[Any]) -> int:
+    return args[i]
+
+
+def _size_at(i: int, dim: int, args: Sequence[Any]) -> int:
+    return args[i].shape[dim]
 
 
 PURE = {

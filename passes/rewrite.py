@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from .. import compat, ops
 from ..config import MiniKVConfig
@@ -17,7 +18,7 @@ from ..ops import ROLES
 from ..rotation import rotation_matrix
 from ..tensor import SEQ, KVTensor
 from . import functional
-from .graph import argument, callee, erase_dead, example, is_call, is_getitem, same, shape
+from .graph import argument, callee, erase_dead, example, is_call, is_getitem, same, shape, size_getter
 from .masks import read_mask, reduces_to_padding
 from .sites import NotKept, NotTaken, Site, outputs, read_site, sites_in
 
@@ -95,6 +96,7 @@ class Rewriter:
         self.result = Rewritten(self.module, outputs(self.graph))
         self.kept = {node for node in self.result.outputs if isinstance(node, Node)}
         self._fields: dict[tuple[Node, str], Node] = {}
+        self.checked: set[Node | None] = {None}
         self._rows: dict[Node, tuple[Node, ...]] = {}
 
     def run(self) -> Rewritten:
@@ -137,6 +139,9 @@ class Rewriter:
         if not same(shape(key.new)[SEQ], new) or not same(shape(value.new)[SEQ], new):
             raise NotTaken(f"{new} queries for {shape(key.new)[SEQ]} new keys: cross-attention")
         valid = self._padding(site, new, tokens)
+        for size in (new, shape(key.stored)[SEQ]) if key.past is None else (new,):
+            if size_getter(size, self.originals) is None:
+                raise NotTaken(f"its number of tokens, {size}, is no size of an input of the graph")
         if key.past is None:
             self._prefill(site, key, value, valid)
             return "prefill"
@@ -144,9 +149,9 @@ class Rewriter:
             reader = other_reader(slot.stored, site.node)
             if reader is not None:
                 raise NotTaken(f"its keys or values are also read by {reader.name}")
-        # One check for all layers: the first site makes it.
-        checked = valid if not same(new, 1) and site.layer == 0 else None
-        self._decode(site, key, value, checked)
+        # One check for all layers: the first that is rewritten makes it.
+        self._decode(site, key, value, None if valid in self.checked else valid)
+        self.checked.add(valid)
         return "decode" if same(new, 1) else "extend"
 
     def _padding(self, site: Site, new: Any, tokens: Any) -> Node | None:
@@ -294,6 +299,13 @@ class Rewriter:
             for user in list(kv.users):
                 if not is_call(user, "numel", "size"):
                     continue
+                if is_call(user, "size") and argument(user, 1, "dim") is None:
+                    for item in [u for u in user.users if is_getitem(u) and isinstance(u.args[1], int)]:
+                        dim = item.args[1] % 4
+                        with self.graph.inserting_before(user):
+                            size = self.field(kv, "length") if dim == SEQ else shape(kv)[dim]
+                        replace_uses(item, size)
+                        self.graph.erase_node(item)
                 if user.users:
                     dims = range(4) if is_call(user, "numel") else (argument(user, 1, "dim"),)
                     if None in dims:
@@ -362,6 +374,13 @@ def _item(values: Sequence[Any], index: int) -> Any:
 
 def _first_columns(mask: torch.Tensor, columns: int) -> torch.Tensor:
     return mask[:, :columns]
+
+
+def replace_uses(node: Node, by: Node | int) -> None:
+    """`Node.replace_all_uses_with`, for constants too."""
+    for user in list(node.users):
+        user.args = map_arg(user.args, lambda n: by if n is node else n)
+        user.kwargs = map_arg(user.kwargs, lambda n: by if n is node else n)
 
 
 def other_reader(node: Node, site: Node) -> Node | None:

@@ -73,6 +73,8 @@ def read_site(node: Node, layer: int) -> Site:
     if dtype not in DTYPES or example(key).dtype != dtype or example(value).dtype != dtype:
         raise NotTaken(f"dtype {dtype}: must be float16, bfloat16 or float32, the same for q, k and v")
     scale = argument(node, 6, "scale")
+    if isinstance(scale, Node):
+        raise NotTaken("its scale is computed in the graph")
     return Site(
         node, layer, query, without_repeats(key), without_repeats(value), argument(node, 3, "attn_mask"),
         bool(argument(node, 5, "is_causal", False)), float(q[3] ** -0.5 if scale is None else scale),
@@ -85,7 +87,7 @@ def without_repeats(node: Node) -> Node:
     if is_call(node, "contiguous"):
         base = node.args[0]
     if is_call(base, "repeat_interleave") and argument(base, 2, "dim") in (1, -3):
-        return base.args[0]
+        return base.args[0] if isinstance(argument(base, 1, "repeats"), int) else node
     if is_call(base, "reshape", "view") and is_call(base.args[0], "expand"):
         inner = base.args[0].args[0]
         source = inner.args[0] if is_call(inner, "unsqueeze") or is_getitem(inner) else None

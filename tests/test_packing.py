@@ -35,7 +35,10 @@ def test_words_hold_strided_tokens():
     packed = pack(codes, 2, "key")
     assert packed[0, 0, 0, 5, 7] == 2 << 6 and packed.count_nonzero() == 1
     codes[..., 5 + 7 * 16, 7] = 3  # the topmost slice, in the sign bit
-    assert pack(codes, 2, "value")[0, 0, 0, 7, 5].item() & 0xFFFF == (2 << 6) | (3 << 14)
+    assert pack(codes, 2, "key")[0, 0, 0, 5, 7].item() & 0xFFFF == (2 << 6) | (3 << 14)
+    # Words of values hold strided channels instead: of 16, channel 7 is slice 3 of row 1.
+    flat = pack(codes, 2, "value").flatten()
+    assert flat[128 + 53] == 2 << 6 and flat[128 + 117] == 3 << 6 and flat.count_nonzero() == 2
 
 
 @given(group=st.sampled_from([16, 32, 64, 128]), dim=st.integers(1, 32).map(lambda n: 16 * n))
