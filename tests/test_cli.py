@@ -1,0 +1,44 @@
+"""The command line, on the shipped model."""
+
+import json
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from minikv_compile.cli import app
+
+MODEL = str(Path(__file__).parent.parent / "examples" / "tiny_decoder" / "model")
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_help_lists_the_commands():
+    assert "generate" in run("--help") and "explain" in run("--help")
+
+
+def test_generate_writes_figures_and_a_picture(tmp_path):
+    text = tmp_path / "prompt.txt"
+    text.write_text("import os\n" * 600)
+    figures, picture = tmp_path / "figures.json", tmp_path / "kept.png"
+    run("generate", "--model", MODEL, "--prompt-file", text, "--max-new-tokens", 4, "--device", "cpu", "--inner", "eager",
+        "--json", figures, "--picture", picture)  # fmt: skip
+    full, default, minikv = json.loads(figures.read_text())
+    assert [r["method"] for r in (full, default, minikv)] == ["full", "default", "minikv"]
+    assert full["compression"] == 0 and full["new_tokens"] == default["new_tokens"] == 4
+    assert default["bits_per_element"] < 16 and minikv["cache_bytes"] < full["cache_bytes"]
+    assert len(minikv["layers"]) == 8 and picture.stat().st_size > 1000
+
+
+def test_an_unknown_method_is_named(tmp_path):
+    text = tmp_path / "prompt.txt"
+    text.write_text("x")
+    result = CliRunner().invoke(app, ["generate", "--model", MODEL, "--prompt-file", str(text), "--method", "best"])
+    assert result.exit_code != 0 and "best" in result.output
+
+
+def test_explain_prints_every_site():
+    assert "16 of 16 attention sites" in run("explain", "--model", MODEL, "--tokens", 8, "--device", "cpu")
