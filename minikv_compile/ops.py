@@ -294,9 +294,8 @@ def check_padding(valid: Tensor, state: Tensor, length: int, n: int, config: Min
         stored = state[:, IN_TIER] + length - state[:, OFFSET]
         fits &= (valid[:, :length].sum(-1) == stored).all()
     message = (
-        f"The attention mask does not fit the compressed cache of {length} tokens and {n} new ones: padding among the "
-        "new tokens, or other padding than in the prompt. Continue the rows of a batch with equally many tokens, or "
-        "one row at a time, and keep the mask of the prompt."
+        f"The attention mask does not fit the compressed cache of {length} tokens and {n} new ones: keep the prompt's "
+        "mask, and continue all rows with equally many tokens, none of them padding."
     )
     if valid.is_cuda and n == 1:
         compat.assert_on_device(fits, message)
