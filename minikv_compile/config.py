@@ -39,8 +39,8 @@ class MiniKVConfig:
     one token; a head dimension that `group` does not divide takes the largest power of two that does. (MiniKV
     section 3.3: 16; KIVI, arXiv 2402.02750: 32.)"""
     clip: float = 1.0
-    """The share of a group's min-max range that its codes span, in (0, 1]. Less than 1 lowers the mean error and loses
-    answers (docs/design.md)."""
+    """The share of a group's min-max range that its codes span, in (0, 1]. Less than 1 lowers the mean error, and so
+    far lost answers (docs/design.md)."""
     rotation: str = "hadamard"
     """Orthogonal rotation of the head dimension before quantizing: "none" or "hadamard" (QuaRot, arXiv 2404.00456)."""
     sinks: int = 4

@@ -82,7 +82,7 @@ PURE = {
     "scaled_dot_product_attention", "transpose", "detach", "size", "full", "type_as",
 }  # fmt: skip
 """Calls without a side effect that the passes know. Nothing else is ever erased: Dynamo's graphs hold in-place methods
-that `Graph.eliminate_dead_code` takes for pure."""
+that FX's own dead-code pass takes for pure."""
 
 
 def erase_dead(graph: Graph, roots: Iterable[Node]) -> None:

@@ -50,7 +50,7 @@ def test_skip_layers_takes_any_sequence_but_no_number():
 def test_presets():
     assert MiniKVConfig.preset("default") == MiniKVConfig()
     assert (MiniKVConfig().bits, MiniKVConfig().group, MiniKVConfig().rotation) == (2, 64, "hadamard")
-    assert MiniKVConfig().clip == MiniKVConfig.preset("minikv").clip == 1.0  # less loses answers (docs/design.md)
+    assert MiniKVConfig().clip == MiniKVConfig.preset("minikv").clip == 1.0  # docs/design.md says why
     assert not MiniKVConfig().drops and not MiniKVConfig.preset("lossless").drops
     paper = MiniKVConfig.preset("minikv")
     assert (paper.bits, paper.group, paper.rotation, paper.heavy, paper.recent) == (2, 16, "none", 0.25, 0.25)
