@@ -39,7 +39,7 @@ import triton.language as tl
 from minikv_compile.kernels.attention import attend_triton
 from minikv_compile.kernels.compress import compress_reference, compress_triton, empty_packed
 from minikv_compile.kernels.jit import CODE_EXPONENT, code_position, codes_at
-from minikv_compile.kernels.packing import BLOCK, dequantize, unpack, value_group, words
+from minikv_compile.kernels.packing import BLOCK, dequantize, unpack, value_group
 from minikv_compile.kernels.prefill import causal_attention_lse
 from minikv_compile.kernels.scores import column_scores_reference, column_scores_triton
 from minikv_compile.kernels.tuning import ATTEND_VARIANTS, attend_tuning
