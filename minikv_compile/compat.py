@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch._dynamo import lookup_backend, maybe_mark_dynamic
 from torch._dynamo.source import AttrSource, ConstantSource, TensorProperty, TensorPropertySource
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size
 
 
@@ -49,16 +49,38 @@ def outside_inference_mode():
         yield
 
 
-def field_source(source, name: str):
-    """Dynamo's source of the attribute `name` of a `KVTensor`, or of its length ("length")."""
-    if name == "length":
-        return TensorPropertySource(source, TensorProperty.SIZE, 2)
-    return AttrSource(source, name)
+def is_erased(node: Node) -> bool:
+    """Whether `node` was taken out of its graph."""
+    return node._erased
 
 
-def constant_source(name: str):
-    """Dynamo's source of an input that is no argument of the user's."""
-    return ConstantSource(name)
+def call_name(target: Any) -> str:
+    """The name of what a call_function node calls; of an overload, its operator's."""
+    return getattr(target, "_opname", None) or getattr(target, "__name__", str(target))
+
+
+def set_field_source(node: Node, kv: Node, name: str) -> None:
+    """Tell Dynamo where the placeholder `node` comes from: it is the attribute `name` of the `KVTensor` placeholder `kv`,
+    or its length ("length")."""
+    source = kv._dynamo_source
+    length = TensorPropertySource(source, TensorProperty.SIZE, 2)
+    node._dynamo_source = length if name == "length" else AttrSource(source, name)
+
+
+def set_constant_source(node: Node) -> None:
+    """Tell Dynamo that the placeholder `node` is no argument of the user's."""
+    node._dynamo_source = ConstantSource(node.name)
+
+
+def copy_source(source: Node, target: Node) -> None:
+    """Give a placeholder's copy the place that Dynamo takes it from."""
+    if hasattr(source, "_dynamo_source"):
+        target._dynamo_source = source._dynamo_source
+
+
+def wrapper_subclass(cls: type, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of class `cls` with this logical shape and no storage of its own."""
+    return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
 
 def fake_constant(x: Tensor, like: Tensor) -> Tensor:

@@ -84,22 +84,22 @@ class MiniKVConfig:
 
         check(isinstance(self.skip_layers, (tuple, list)), "skip_layers", "a tuple of layer indices")
         object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
-        check(self.bits in (2, 4, 8, 16), "bits", "2, 4, 8 or 16")
-        check(self.group in (16, 32, 64, 128), "group", "16, 32, 64 or 128 values")
+        check(count(self.bits) and self.bits in (2, 4, 8, 16), "bits", "2, 4, 8 or 16")
+        check(count(self.group) and self.group in (16, 32, 64, 128), "group", "16, 32, 64 or 128 values")
         check(
             type(self.clip) in (int, float) and 0 < self.clip <= 1, "clip", "a share of the range in (0, 1]",
         )  # fmt: skip
-        check(self.rotation in ROTATIONS, "rotation", f"one of {', '.join(ROTATIONS)}")
+        check(self.rotation in list(ROTATIONS), "rotation", f"one of {', '.join(ROTATIONS)}")
         check(count(self.sinks), "sinks", "a number of tokens, 0 or more")
         check(count(self.window), "window", "a number of tokens, 0 or more")
         check(
             count(self.buffer) and self.buffer >= BLOCK and self.buffer % BLOCK == 0,
             "buffer", f"a positive multiple of {BLOCK} tokens",
         )  # fmt: skip
-        check(self.policy in POLICIES, "policy", f"one of {', '.join(POLICIES)}")
+        check(self.policy in list(POLICIES), "policy", f"one of {', '.join(POLICIES)}")
         check(share(self.heavy), "heavy", "a share of the prompt in [0.0, 1.0] or a number of tokens")
         check(share(self.recent), "recent", "a share of the prompt in [0.0, 1.0] or a number of tokens")
-        check(self.layer_budget in LAYER_BUDGETS, "layer_budget", f"one of {', '.join(LAYER_BUDGETS)}")
+        check(self.layer_budget in list(LAYER_BUDGETS), "layer_budget", f"one of {', '.join(LAYER_BUDGETS)}")
         check(type(self.pyramid_depth) in (int, float) and self.pyramid_depth >= 1, "pyramid_depth", "at least 1")
         check(
             all(isinstance(layer, int) and not isinstance(layer, bool) for layer in self.skip_layers),

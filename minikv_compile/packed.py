@@ -63,7 +63,7 @@ class PackedInt(DenseOnUse):
         batch, heads, blocks = codes.shape[:3]
         head_dim = codes.shape[-1] if order == "key" else codes.shape[-2]
         shape = (batch, heads, blocks * BLOCK, head_dim)
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=logical_dtype, device=codes.device)
+        return compat.wrapper_subclass(cls, shape, logical_dtype, codes.device)
 
     def __init__(
         self, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int, axis: GroupAxis, order: Layout,

@@ -79,7 +79,7 @@ class KVTensor(DenseOnUse):
     def __new__(cls, tensors, config, role, length, occupancy=None):
         batch, heads, _, dim = tensors["dense"].shape
         shape, dense = (batch, heads, length, dim), tensors["dense"]
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dense.dtype, device=dense.device)
+        return compat.wrapper_subclass(cls, shape, dense.dtype, dense.device)
 
     def __init__(
         self, tensors: dict[str, Tensor], config: MiniKVConfig, role: str, length: int,

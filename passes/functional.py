@@ -49,13 +49,13 @@ def read_slot(node: Node, kept: Collection[Node]) -> Slot:
             raise NotTaken(f"keys and values grow along dimension {dim}, not {SEQ}")
     if past is not None and not (past.op == "placeholder" and isinstance(example(past), KVTensor)):
         if past.op == "placeholder":
-            raise NotTaken("its cache is dense: it was made without this backend")
+            raise NotTaken("its cache is dense: its prefill was left alone, or ran without this backend")
         raise NotTaken("its past is computed in the graph, it is no cache")
     if past is not None and set(past.users) != {node}:
         readers = ", ".join(sorted(user.name for user in past.users if user is not node))
         raise NotTaken(f"its compressed past is read elsewhere in the graph ({readers})")
     if node not in kept:
-        raise NotKept("its keys and values are not kept (use_cache=False): nothing to compress")
+        raise NotKept("the keys and values that it attends to are not what the model keeps (or use_cache=False)")
     if past is not None and not same(shape(new)[0], shape(past)[0]):
         raise NotTaken("batch of the new tokens differs from the cache's")
     return Slot(node, new, past)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from .. import compat
+
 
 def example(node: Any) -> Any:
     """The fake value that Dynamo propagated to `node`, or the constant itself."""
@@ -40,8 +42,7 @@ def callee(node: Node) -> str:
     """The plain name of what a call node calls: "and_" and "le" for operators too."""
     if isinstance(node.target, str):
         return node.target
-    name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
-    return name.split(".")[0]
+    return compat.call_name(node.target).split(".")[0]
 
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
@@ -76,10 +77,14 @@ def _size_at(i: int, dim: int, args: Sequence[Any]) -> int:
     return args[i].shape[dim]
 
 
+CASTS = ("to", "type", "bool", "float", "half", "bfloat16", "type_as", "contiguous", "detach")
+"""Calls that keep the values, up to their dtype and their place in memory."""
+
 PURE = {
     "getitem", "arange", "add", "sub", "mul", "le", "lt", "ge", "gt", "and_", "logical_and", "bitwise_and", "new_ones",
-    "ones", "to", "bool", "expand", "view", "reshape", "unsqueeze", "contiguous", "cat", "tensor", "repeat_interleave",
-    "scaled_dot_product_attention", "transpose", "detach", "size", "full", "type_as",
+    "ones", "expand", "view", "reshape", "unsqueeze", "cat", "tensor", "repeat_interleave", "softmax", "matmul", "bmm",
+    "scaled_dot_product_attention", "transpose", "size", "full", "dropout", "where", "zeros", "masked_fill", "truediv",
+    "div", "permute", "swapaxes", "tril", "triu", "invert", "eq", "getattr", "swapdims", *CASTS,
 }  # fmt: skip
 """Calls without a side effect that the passes know. Nothing else is ever erased: Dynamo's graphs hold in-place methods
 that FX's own dead-code pass takes for pure."""
@@ -90,7 +95,7 @@ def erase_dead(graph: Graph, roots: Iterable[Node]) -> None:
     pending = [node for node in roots if isinstance(node, Node)]
     while pending:
         node = pending.pop()
-        if node._erased or node.users or node.op == "placeholder" or not is_call(node, *PURE):
+        if compat.is_erased(node) or node.users or node.op == "placeholder" or not is_call(node, *PURE):
             continue
         pending.extend(node.all_input_nodes)
         graph.erase_node(node)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .graph import argument, callee, example, is_getitem, same, shape
+from .graph import CASTS, argument, callee, example, is_call, is_getitem, same, shape
+from .unfused import is_very_negative
 
 KEY, QUERY, BATCH = -1, -2, -4  # dimensions of a [batch, heads, query, key] mask, from the right
 
@@ -48,26 +49,47 @@ class Predicate:
 
 
 @dataclass(frozen=True)
+class Not:
+    """True where a predicate is false."""
+
+    predicate: Predicate
+
+
+@dataclass(frozen=True)
+class Additive:
+    """0 where a predicate holds, very negative where not: it is added to logits."""
+
+    predicate: Predicate
+
+
+@dataclass(frozen=True)
 class Rows:
     """A [batch, key] input of the graph, cast at most: padding, once it is broadcast over queries."""
 
     node: Node
 
 
+Value = Grid | Predicate | Not | Additive | Rows | None
 VIEWS = ("expand", "view", "reshape", "unsqueeze", "contiguous")
-CASTS = ("to", "bool", "contiguous", "type_as", "detach")
 
 
-def read_mask(node: Node, queries: Any) -> Predicate | None:
-    """The predicate of a boolean mask node for so many `queries`, or None if it is not understood."""
-    value = _read(node, {}) if example(node).dtype == torch.bool else None
+def read_mask(node: Node, queries: Any, blocks: bool = False) -> Predicate | None:
+    """Which keys the mask `node` lets so many `queries` see, or None if it is not understood.
+
+    A boolean mask is true where a key is seen, with `blocks` where it is not. A floating-point mask is added to logits.
+    """
+    value = _read(node, {})
+    if example(node).dtype == torch.bool:
+        value = _not(value) if blocks else value
+    else:
+        value = value.predicate if isinstance(value, Additive) and not blocks else None
     if not isinstance(value, Predicate):
         return None
     # Without a query dimension, a bound on the key is one for the only query, or none on causality.
     return value if same(queries, 1) or not value.fixed else None
 
 
-def _read(node: Any, seen: dict[Node, Any]) -> Grid | Predicate | Rows | None:
+def _read(node: Any, seen: dict[Node, Any]) -> Value:
     if isinstance(node, (int, torch.SymInt)) and not isinstance(node, bool):
         return Grid(None, node)
     if not isinstance(node, Node) or _written(node):
@@ -97,22 +119,32 @@ def _is_in_place(node: Node, name: str) -> bool:
     return name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "is_", "not_")
 
 
-def _read_call(node: Node, seen: dict) -> Grid | Predicate | Rows | None:
+def _read_call(node: Node, seen: dict) -> Value:
     if isinstance(example(node), (int, torch.SymInt)):
         return Grid(None, example(node))
     name = callee(node) if node.op in ("call_function", "call_method") else ""
     if name == "arange":
         return _arange(node)
-    if name in ("new_ones", "ones") and example(node).dtype == torch.bool:
+    if name in ("new_ones", "ones"):
         return Predicate()
+    if name in ("tril", "triu"):
+        return _triangle(node, name, seen)
     if name in ("add", "sub", "le", "lt", "ge", "gt"):
         left, right = (_read(a, seen) for a in node.args[:2])
         if isinstance(left, Grid) and isinstance(right, Grid):
             return _shift(name, left, right) if name in ("add", "sub") else _compare(name, left, right)
+        if isinstance(left, Additive) and isinstance(right, Additive) and name == "add":
+            return Additive(left.predicate & right.predicate)
     elif name in ("and_", "logical_and", "bitwise_and"):
         left, right = (_read(a, seen) for a in node.args[:2])
         if isinstance(left, Predicate) and isinstance(right, Predicate):
             return left & right
+    elif name in ("invert", "logical_not", "bitwise_not") or (name == "eq" and node.args[1] == 0):
+        return _not(_read(node.args[0], seen))
+    elif name == "where" and len(node.args) == 3:
+        return _additive(*node.args, seen)
+    elif name == "masked_fill":
+        return _additive(node.args[1], argument(node, 2, "value"), node.args[0], seen)
     elif is_getitem(node) and isinstance(node.args[1], tuple) and _is_gather(node.args[1]):
         return _gather(node, seen)
     elif name in CASTS or name in VIEWS or is_getitem(node):
@@ -153,6 +185,46 @@ def _compare(name: str, left: Grid, right: Grid) -> Predicate | None:
     return Predicate(sliding=(offset if name == "gt" else offset - 1,), fixed=fixed)
 
 
+def _not(value: Value) -> Value:
+    if isinstance(value, Not):
+        return value.predicate
+    if not isinstance(value, Predicate):
+        return None
+    bounds = len(value.causal) + len(value.sliding)
+    if bounds == 1 and not value.padding:
+        return Predicate(causal=value.sliding, sliding=value.causal, fixed=value.fixed)
+    return Not(value)
+
+
+def _additive(condition: Any, there: Any, elsewhere: Any, seen: dict) -> Additive | None:
+    """`where(condition, there, elsewhere)` of 0 and a very negative number."""
+    value = _read(condition, seen)
+    if is_very_negative(there) and _is_zero(elsewhere):
+        value = _not(value)
+    elif not (_is_zero(there) and is_very_negative(elsewhere)):
+        return None
+    return Additive(value) if isinstance(value, Predicate) else None
+
+
+def _is_zero(x: Any) -> bool:
+    if is_call(x, "tensor", "full"):
+        x = argument(x, 0, "data") if is_call(x, "tensor") else argument(x, 1, "fill_value")
+    return is_call(x, "zeros", "zeros_like", "new_zeros") and not _written(x) or (isinstance(x, (int, float)) and x == 0)
+
+
+def _triangle(node: Node, name: str, seen: dict) -> Predicate | Additive | None:
+    """The lower triangle of ones, or the upper one of a very negative number."""
+    source, diagonal = node.args[0], argument(node, 1, "diagonal", 0)
+    if not isinstance(diagonal, int) or len(shape(node)) != 2:
+        return None
+    if is_call(source, "full", "new_full") and not _written(source):
+        low = is_very_negative(argument(source, 1, "fill_value")) and name == "triu" and diagonal > 0
+        return Additive(Predicate(causal=(diagonal - 1,))) if low else None
+    if _read(source, seen) != Predicate():
+        return None
+    return Predicate(causal=(diagonal,)) if name == "tril" else Predicate(sliding=(diagonal - 1,))
+
+
 def _is_gather(index: tuple) -> bool:
     return len(index) == 2 and all(isinstance(i, Node) for i in index)
 
@@ -167,7 +239,7 @@ def _gather(node: Node, seen: dict) -> Predicate | None:
     return None
 
 
-def _view(node: Node, value: Grid | Predicate | Rows | None) -> Grid | Predicate | Rows | None:
+def _view(node: Node, value: Value) -> Value:
     """A view, a broadcast or a cast of `value`."""
     before, after = shape(node.args[0]), shape(node)
     if isinstance(value, Grid) and value.dim is not None:
@@ -178,9 +250,13 @@ def _view(node: Node, value: Grid | Predicate | Rows | None) -> Grid | Predicate
         return Grid(wide[0], value.offset) if len(wide) == 1 and same(after[wide[0]], size) else None
     if isinstance(value, Grid):
         return value
-    if isinstance(value, Predicate):
-        # Broadcasts and casts keep a predicate; a slice would not.
-        ok = len(before) == len(after) == 4 and all(same(a, b) or same(b, 1) for a, b in zip(after, before, strict=True))
+    if isinstance(value, (Predicate, Not, Additive)):
+        # Broadcasts and casts keep a predicate, and so do new dimensions on the left; a slice would not.
+        padding = value.padding if isinstance(value, Predicate) else value.predicate.padding
+        new = len(after) - len(before)
+        ok = (new == 0 or (new > 0 and len(before) >= 2 and not padding)) and all(
+            same(a, b) or same(b, 1) for a, b in zip(after[new:], before, strict=True)
+        )
         return value if ok or not before else None
     if isinstance(value, Rows):
         if len(after) == 2 and all(same(a, b) for a, b in zip(after, before, strict=True)):

@@ -6,6 +6,7 @@ import logging
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..rotation import rotation_matrix
 from ..tensor import SEQ, KVTensor
 from . import functional
 from .graph import argument, callee, erase_dead, example, is_call, is_getitem, same, shape, size_getter
-from .masks import read_mask, reduces_to_padding
+from .masks import Predicate, read_mask, reduces_to_padding
 from .sites import NotKept, NotTaken, Site, outputs, read_site, sites_in
 
 log = logging.getLogger("minikv")
@@ -96,15 +97,15 @@ class Rewriter:
         self.result = Rewritten(self.module, outputs(self.graph))
         self.kept = {node for node in self.result.outputs if isinstance(node, Node)}
         self._fields: dict[tuple[Node, str], Node] = {}
-        self.checked: set[Node | None] = {None}
+        self.checked: frozenset[Node | None] = frozenset([None])
         self._rows: dict[Node, tuple[Node, ...]] = {}
 
     def run(self) -> Rewritten:
         self._lower_sizes()
         calls = sites_in(self.graph)
-        self.layers = len(calls)
         self._check_configuration()
-        skipped = {layer % self.layers for layer in self.config.skip_layers if -self.layers <= layer < self.layers}
+        skipped = self._skipped(len(calls))
+        changes = []
         for layer, call in enumerate(calls):
             where, kind, reason = call.name, "", ""
             try:
@@ -112,10 +113,14 @@ class Rewriter:
                 where = site.where
                 if layer in skipped:
                     raise NotTaken("listed in skip_layers")
-                kind = self._rewrite(site)
+                kind, change = self._plan(site)
+                changes.append(change)
             except NotTaken as untaken:
                 reason = str(untaken)
             self.result.sites.append(SiteReport(layer, where, kind, functional.NAME if kind else "", reason))
+        # Only now is it known how many layers share a budget.
+        for place, change in enumerate(changes):
+            change(place, len(changes))
         self._densify_rest()
         output = self.graph.output_node()
         output.args = (tuple(self._flat_outputs()),)
@@ -125,46 +130,52 @@ class Rewriter:
 
     # ---- one site
 
-    def _rewrite(self, site: Site) -> str:
+    def _plan(self, site: Site) -> tuple[str, Callable[[int, int], None]]:
+        """What a site becomes, and the function that makes it so: of its place among the sites that are taken, and their
+        number.
+
+        Raises:
+            NotTaken: with the reason. The graph is as it was.
+        """
         new, tokens = shape(site.query)[SEQ], shape(site.key)[SEQ]
+        masks = [read_mask(mask.node, new, mask.blocks) for mask in site.masks]
         try:
             key, value = (functional.read_slot(node, self.kept) for node in (site.key, site.value))
         except NotKept:
-            predicate = site.mask and read_mask(site.mask, new)
-            if predicate and predicate.sliding:  # its cache keeps a slice
+            if any(mask and mask.sliding for mask in masks):  # its cache keeps a slice
                 raise NotTaken("sliding window attention") from None
             raise
         if (key.past is None) != (value.past is None) or key.stored is value.stored:
             raise NotTaken("keys and values do not have a slot each")
         if not same(shape(key.new)[SEQ], new) or not same(shape(value.new)[SEQ], new):
             raise NotTaken(f"{new} queries for {shape(key.new)[SEQ]} new keys: cross-attention")
-        valid = self._padding(site, new, tokens)
+        valid = self._padding(site, masks, new, tokens)
         for size in (new, shape(key.stored)[SEQ]) if key.past is None else (new,):
             if size_getter(size, self.originals) is None:
                 raise NotTaken(f"its number of tokens, {size}, is no size of an input of the graph")
         if key.past is None:
-            self._prefill(site, key, value, valid)
-            return "prefill"
+            return "prefill", partial(self._prefill, site, key, value, valid)
         for slot in (key, value):
-            reader = other_reader(slot.stored, site.node)
+            reader = other_reader(slot.stored, site.nodes)
             if reader is not None:
                 raise NotTaken(f"its keys or values are also read by {reader.name}")
         # One check for all layers: the first that is rewritten makes it.
-        self._decode(site, key, value, None if valid in self.checked else valid)
-        self.checked.add(valid)
-        return "decode" if same(new, 1) else "extend"
+        check, self.checked = (None if valid in self.checked else valid), self.checked | {valid}
+        return "decode" if same(new, 1) else "extend", partial(self._decode, site, key, value, check)
 
-    def _padding(self, site: Site, new: Any, tokens: Any) -> Node | None:
+    def _padding(self, site: Site, masks: list[Predicate | None], new: Any, tokens: Any) -> Node | None:
         """The [batch, tokens] padding of a site whose attention is proved causal."""
-        if site.mask is None:
+        if not site.masks:
             if not same(new, 1) and not (site.is_causal and same(new, tokens)):
                 raise NotTaken("not causal: every token sees every other")
             if site.is_causal and not same(new, tokens):
                 raise NotTaken("is_causal with a past lets the new token see the oldest keys only")
             return None
-        predicate = read_mask(site.mask, new)
-        if predicate is None:
-            raise NotTaken(f"its mask is not understood (built by {callee(site.mask) or site.mask.op})")
+        if None in masks:
+            node = site.masks[masks.index(None)].node
+            what = "mask" if example(node).dtype == torch.bool else "mask, or bias by position (ALiBi),"
+            raise NotTaken(f"its {what} is not understood (built by {callee(node) or node.op})")
+        predicate = reduce(operator.and_, masks)
         if predicate.sliding:
             raise NotTaken("sliding window attention")
         if not reduces_to_padding(predicate, new, tokens):
@@ -173,18 +184,20 @@ class Rewriter:
             return None
         return predicate.padding[0]
 
-    def _prefill(self, site: Site, key: functional.Slot, value: functional.Slot, padding: Node | None) -> None:
+    def _prefill(
+        self, site: Site, key: functional.Slot, value: functional.Slot, padding: Node | None, place: int, count: int
+    ) -> None:
         scored = self.config.drops
         rows = (None, None) if padding is None else self._aligned(padding, key.new, site.node)
         scores = None
-        if scored or padding is not None:
+        if scored or padding is not None or not site.fused:  # attention written out needs memory of seq * seq
             with self.graph.inserting_before(site.node):
                 args = (site.query, key.new, value.new, *rows, site.scale, scored)
                 out, scores = self._call(minikv.prefill_attention.default, args, 2)
             site.node.replace_all_uses_with(out)
         with self.graph.inserting_after(site.node if scores is None else scores):
             arguments = (
-                key.new, value.new, scores if scored else None, *rows, site.layer, self.layers, self.config.to_json(),
+                key.new, value.new, scores if scored else None, *rows, place, count, self.config.to_json(),
             )  # fmt: skip
             names = ops.fields(self.config, padding is not None)
             made = self._call(minikv.compress.default, arguments, 2 * len(names))
@@ -198,7 +211,9 @@ class Rewriter:
         if scores is not None:
             erase_dead(self.graph, [site.node])
 
-    def _decode(self, site: Site, key: functional.Slot, value: functional.Slot, padding: Node | None) -> None:
+    def _decode(
+        self, site: Site, key: functional.Slot, value: functional.Slot, padding: Node | None, place: int, count: int
+    ) -> None:
         tier = [name for name in ("codes", "scale", "zero") if self.config.bits < 16]
         past = key.past, value.past
         with self.graph.inserting_before(site.node):
@@ -257,7 +272,7 @@ class Rewriter:
         with self.graph.inserting_before(self.originals[0]):
             node = self.graph.placeholder(f"minikv_rotation_{shape(query)[3]}")
         node.meta["example_value"] = compat.fake_constant(matrix, like=example(query))
-        node._dynamo_source = compat.constant_source(node.name)
+        compat.set_constant_source(node)
         self.result.constants[node] = matrix
         return node
 
@@ -286,7 +301,7 @@ class Rewriter:
             with self.graph.inserting_before(self.originals[0]):
                 node = self.graph.placeholder(f"{kv.name}_{name}")
             node.meta["example_value"] = value
-            node._dynamo_source = compat.field_source(kv._dynamo_source, name)
+            compat.set_field_source(node, kv, name)
             self._fields[kv, name] = node
             self.result.fields[node] = (kv, name)
         return self._fields[kv, name]
@@ -333,6 +348,12 @@ class Rewriter:
             elif not isinstance(out, Longer):
                 flat.append(out)
         return flat
+
+    def _skipped(self, layers: int) -> set[int]:
+        outside = [layer for layer in self.config.skip_layers if not -layers <= layer < layers]
+        if outside and layers:
+            log.warning("skip_layers: %s, but this graph has %d attention sites", outside, layers)
+        return {layer % layers for layer in self.config.skip_layers if layer not in outside}
 
     def _check_configuration(self) -> None:
         for node in self.originals:
@@ -383,10 +404,10 @@ def replace_uses(node: Node, by: Node | int) -> None:
         user.kwargs = map_arg(user.kwargs, lambda n: by if n is node else n)
 
 
-def other_reader(node: Node, site: Node) -> Node | None:
-    """Who reads `node`, but for the graph's output and, behind repetitions of KV heads, the attention call `site`."""
+def other_reader(node: Node, site: tuple[Node, ...]) -> Node | None:
+    """Who reads `node`, but for the graph's output and, behind repetitions of KV heads, the attention of these nodes."""
     for user in node.users:
-        if user is site or user.op == "output":
+        if user in site or user.op == "output":
             continue
         repeats = is_call(user, "expand", "reshape", "view", "unsqueeze", "contiguous", "repeat_interleave")
         if not (repeats or is_getitem(user)):
@@ -405,8 +426,7 @@ def copy_module(module: GraphModule) -> GraphModule:
     graph.output(output)
     for old, new in copies.items():
         new.meta = dict(old.meta)
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
+        compat.copy_source(old, new)
     copy = GraphModule(module, graph)
     copy.meta = dict(module.meta)
     compat.copy_module_attributes(module, copy)

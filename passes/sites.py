@@ -1,14 +1,15 @@
-"""Attention sites: scaled-dot-product-attention nodes and the slots of their keys and values."""
+"""Attention sites: calls of scaled-dot-product attention, attention written out, and what only looks like either."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from .graph import argument, example, is_call, is_getitem, same, shape
+from .graph import argument, callee, example, is_call, is_getitem, same, shape
+from .unfused import Mask, NotUnderstood, find_softmax, read_unfused
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -30,9 +31,13 @@ class Site:
     query: Node
     key: Node
     value: Node
-    mask: Node | None
+    masks: tuple[Mask, ...]
     is_causal: bool
     scale: float
+    nodes: tuple[Node, ...]
+    """The call, and what else only belongs to it. The first one gives the output."""
+    fused: bool = True
+    """Whether it is one call, not attention written out."""
 
     @property
     def where(self) -> str:
@@ -50,35 +55,65 @@ def clean_path(path: str) -> str:
 
 
 def is_site(node: Node) -> bool:
-    return is_call(node, "scaled_dot_product_attention")
+    """Whether `node` gives the output of an attention."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    return "attention" in callee(node) or callee(node).startswith("flash_attn") or find_softmax(node) is not None
 
 
 def read_site(node: Node, layer: int) -> Site:
-    """Normalise the arguments of a call.
+    """Normalise the arguments of an attention.
 
     Raises:
-        NotTaken: with the reason, for arguments that the compressed attention has no counterpart of.
+        NotTaken: with the reason, for an attention that the compressed one has no counterpart of.
     """
-    query, key, value = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
+    if is_call(node, "scaled_dot_product_attention"):
+        site = _read_call(node, layer)
+    elif find_softmax(node) is not None:
+        site = _read_unfused(node, layer)
+    elif is_call(node, "softmax"):
+        raise NotTaken("a softmax over keys whose products with queries and values are not recognised")
+    else:
+        raise NotTaken(f"{callee(node)} is no scaled_dot_product_attention: load the model with attn_implementation='sdpa'")
+    _check_operands(site)
+    return replace(site, key=without_repeats(site.key), value=without_repeats(site.value))
+
+
+def _read_call(node: Node, layer: int) -> Site:
     if argument(node, 4, "dropout_p", 0.0) != 0.0:
         raise NotTaken("attention dropout: call model.eval()")
-    q, k, v = shape(query), shape(key), shape(value)
+    query, key, value = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
+    scale = argument(node, 6, "scale")
+    if isinstance(scale, Node):
+        raise NotTaken("its scale is computed in the graph")
+    scale = float(shape(query)[-1] ** -0.5 if scale is None else scale)
+    is_causal = bool(argument(node, 5, "is_causal", False))
+    mask = argument(node, 3, "attn_mask")
+    return Site(node, layer, query, key, value, (Mask(mask),) if mask is not None else (), is_causal, scale, (node,))
+
+
+def _read_unfused(node: Node, layer: int) -> Site:
+    try:
+        found = read_unfused(node)
+    except NotUnderstood as why:
+        raise NotTaken(str(why)) from None
+    return Site(
+        node, layer, found.query, found.key, found.value, tuple(found.masks), False, float(found.scale),
+        tuple(found.nodes), fused=False,
+    )  # fmt: skip
+
+
+def _check_operands(site: Site) -> None:
+    q, k, v = shape(site.query), shape(site.key), shape(site.value)
     if not (len(q) == len(k) == len(v) == 4):
         raise NotTaken(f"operands are {len(q)}-dimensional, not [batch, heads, seq, head_dim]")
     if not same(q[3], v[3]):
         raise NotTaken(f"head_dim of keys and values differ ({q[3]} and {v[3]})")
     if not isinstance(q[3], int) or q[3] % 16 or q[3] > 512:
         raise NotTaken(f"head_dim {q[3]}: must be a multiple of 16, at most 512")
-    dtype = example(query).dtype
-    if dtype not in DTYPES or example(key).dtype != dtype or example(value).dtype != dtype:
+    dtype = example(site.query).dtype
+    if dtype not in DTYPES or example(site.key).dtype != dtype or example(site.value).dtype != dtype:
         raise NotTaken(f"dtype {dtype}: must be float16, bfloat16 or float32, the same for q, k and v")
-    scale = argument(node, 6, "scale")
-    if isinstance(scale, Node):
-        raise NotTaken("its scale is computed in the graph")
-    return Site(
-        node, layer, query, without_repeats(key), without_repeats(value), argument(node, 3, "attn_mask"),
-        bool(argument(node, 5, "is_causal", False)), float(q[3] ** -0.5 if scale is None else scale),
-    )  # fmt: skip
 
 
 def without_repeats(node: Node) -> Node:
@@ -107,8 +142,13 @@ def _adds_dim_2(node: Node) -> bool:
 
 
 def sites_in(graph: Graph) -> list[Node]:
-    """The attention calls of a graph, in execution order."""
-    return [node for node in graph.nodes if is_site(node)]
+    """The attentions of a graph, in execution order: also softmaxes over keys whose attention is spelled in another way,
+    so that they are reported."""
+    known = {find_softmax(node) for node in graph.nodes if is_site(node)}
+    return [
+        node for node in graph.nodes
+        if is_site(node) or (is_call(node, "softmax") and len(shape(node)) >= 4 and node not in known)
+    ]  # fmt: skip
 
 
 def outputs(graph: Graph) -> list[Any]:

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minikv_compile import KVTensor, MiniKVBackend, MiniKVConfig
+from minikv_compile import KVTensor, MiniKVBackend, MiniKVConfig, cache_report
 from minikv_compile.passes.rewrite import Rewriter
 
-from .helpers import PlainDecoder, causal, greedy, kinds, make_backend, prompt, run_plain, tiny
+from .helpers import PlainDecoder, causal, compiled, greedy, kinds, make_backend, prompt, run_plain, tiny
 from .test_masks import capture
 
 sdpa = F.scaled_dot_product_attention
@@ -166,10 +166,10 @@ def keys_repeated_elsewhere(q, k, v, past):
 
 LEFT = {
     sliding_window: ["sliding window", "cache is dense"],
-    prefix_lm: [r"mask is not understood \(built by or_\)", "cache is dense"],
+    prefix_lm: [r"is not understood \(built by or_\)", "cache is dense"],
     first_keys_only: ["mask", "cache is dense"],
-    pseudorandom_mask: ["mask is not understood", "cache is dense"],
-    bias: ["mask is not understood", "cache is dense"],
+    pseudorandom_mask: ["is not understood", "cache is dense"],
+    bias: ["is not understood", "cache is dense"],
     bidirectional: ["not causal: every token sees every other", "cache is dense"],
     causal_from_the_first_key: ["prefill", "oldest keys only"],
     tiled_heads: ["", ""],
@@ -387,3 +387,19 @@ def test_no_mask_is_left_in_a_padded_graph():
             assert sum(size == 23 for size in value.shape) < 2, node.format_node()
     # One alignment of rows for all layers.
     assert sum(node.target is torch.ops.minikv.align_rows.default for node in graph.nodes) == 1
+
+
+def test_budgets_are_shared_by_the_sites_that_are_taken():
+    """Two of four layers skipped: the pyramid of the other two is that of a model of two layers."""
+    backend = make_backend("minikv", skip_layers=(0, -1), min_prompt=0)
+    cache = greedy(compiled(tiny(layers=4), backend), prompt(1024), new=1).past_key_values
+    kept = [layer.kept[0] for layer in cache_report(cache).layers]
+    two = greedy(compiled(tiny(layers=2), make_backend("minikv")), prompt(1024), new=1).past_key_values
+    assert kept[1:3] == [layer.kept[0] for layer in cache_report(two).layers]
+    assert kept[0] == kept[3] == 1024
+
+
+def test_skipped_layers_that_do_not_exist(caplog):
+    with caplog.at_level("WARNING", "minikv"):
+        greedy(compiled(tiny(), make_backend(skip_layers=(7,))), prompt(20), new=2)
+    assert "skip_layers: [7], but this graph has 2 attention sites" in caplog.text
