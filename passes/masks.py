@@ -115,7 +115,7 @@ def _written(node: Node) -> bool:
 
 def _is_in_place(node: Node, name: str) -> bool:
     if node.op == "call_function" and getattr(operator, name, None) is node.target:
-        return name.startswith("i") and hasattr(operator, f"__{name}__")
+        return name.startswith("i") and name not in ("inv", "invert") and hasattr(operator, f"__{name}__")
     return name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "is_", "not_")
 
 
