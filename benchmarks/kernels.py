@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from minikv_compile.kernels.attention import attend_triton
+from minikv_compile.kernels.attention import attend_triton, block_bytes
 from minikv_compile.kernels.compress import compress_reference, compress_triton, empty_packed
 from minikv_compile.kernels.jit import CODE_EXPONENT, code_position, codes_at
 from minikv_compile.kernels.packing import BLOCK, dequantize, unpack, value_group
@@ -51,7 +51,9 @@ SECTIONS = ("check", "decode", "formats", "prefill", "compress", "flush", "flex"
 DEFAULT_SECTIONS = SECTIONS[:-1]
 ROTATED_BYTES = 256 * 2**20
 """Sets of inputs together, at least: four times the L2 cache of an H200."""
-TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 2e-5}
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 4e-5}
+"""Of attention. fp32: operands have 22 bits, tensor cores truncate sums, and the sums over codes and over zeros, each
+far larger than the output, nearly cancel; 1.8e-5 was measured."""
 WINDOW = 64
 """Queries of the last-window scores."""
 
@@ -248,7 +250,8 @@ def check_attend(case: Case, seed: int, device: torch.device) -> dict:
 
 def tuning_of(case: Case):
     """The table's choice for a case, or the variant that it names."""
-    chosen = attend_tuning(triton.next_power_of_2(case.dim), case.dtype.itemsize)
+    size = block_bytes(case.dim, case.bits, case.k_group, case.v_group)
+    chosen = attend_tuning(triton.next_power_of_2(case.dim), case.dtype.itemsize, size)
     return replace(chosen, **ATTEND_VARIANTS.get(case.variant, {}))
 
 
@@ -450,7 +453,7 @@ def run_checks(bench: Benchmark, tasks: list[tuple], workers: int) -> None:
         if not row["ok"]:
             print("  FAILED", row, flush=True)
     good = [row for row in bench.checks if row["ok"]]
-    worst = max((row["error"] / row["limit"] for row in good if row["limit"]), default=0.0)
+    worst = max((row["error"] / row["limit"] for row in bench.checks if row["limit"]), default=0.0)
     print(f"{len(good)} of {len(bench.checks)} ok, worst error {worst:.2f} of its limit", flush=True)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .jit import (
     CODE_EXPONENT,
@@ -22,6 +25,7 @@ from .jit import (
     log2,
     next_power_of_2,
     operand_dtype,
+    pinned,
     round_to,
     to_fp16,
     to_fp32,
@@ -31,7 +35,7 @@ from .jit import (
     value_tiles,
 )
 from .packing import BLOCK, WORD_BITS, GroupAxis, dequantize, unpack, value_chunks, words
-from .tuning import AttendTuning, attend_blocks_per_split, attend_tuning
+from .tuning import AttendTuning, attend_tuning, merge_tuning
 
 Packed = tuple[Tensor, Tensor, Tensor]
 
@@ -109,18 +113,24 @@ def attend_reference(
     return out.view(batch, heads, n, dim).to(q.dtype)
 
 
-# The kernels. Three launches: prepare (append the new tokens; rotate and normalise q), split (one softmax per split of the
-# tier, and per split of the dense region), merge (combine the splits; rotate the tier's part back).
+# The kernels. Three launches: prepare (append the new tokens; rotate and normalise q), split (a softmax per program and
+# item), merge (combine the parts; rotate the tier's back).
+#
+# An *item* is one KV head and up to ROWS of its query rows, which share what is read. Its work is a line of *units*,
+# UNIT tokens of its dense region or one block of its tier. All items' units, one after another, are cut into equally
+# long shares, one for each program: as many programs as run at once, so that all end together. Lengths are those on the
+# device, in split and merge alike (`_units`). Where program i works on item j, its part has slot i + j: both only grow
+# along the line, so no two parts share a slot.
 #
 # Arithmetic of the tier, with c a code, s and z its group's scale and zero, t a token, d a channel:
 #
-#   logit_t = sum_d q_d (s c + z)     groups along tokens:   = sum_d (q_d s_d) c_td + sum_d q_d z_d
-#                                     groups along channels: = sum_g s_tg (sum_{d in g} q_d c_td) + z_tg sum_{d in g} q_d
-#   out_d   = sum_t p_t (s c + z)     groups along channels: = sum_t (p_t s_tg) c_td + sum_t p_t z_tg
+#   logit_t = sum_d q_d (s c + z)   groups along tokens:   = sum_d (q_d s_d) c_td + sum_d q_d z_d
+#                                   groups along channels: = sum_g s_tg (sum_{d in g} q_d c_td) + z_tg sum_{d in g} q_d
+#   out_d   = sum_t p_t (s c + z)   groups along channels: = sum_t (p_t s_tg) c_td + sum_t p_t z_tg
 #
 # so that codes enter the matrix products as they are, and scales touch q and p only, which are far smaller. q comes
-# normalised to at most 1 by a power of two and p s is kept near 2**15, by the running exponent of s: fp16 operands neither
-# overflow nor lose their small values.
+# normalised to at most 1 by a power of two and p s is kept near 2**15, by the running exponent of s: fp16 operands
+# neither overflow nor lose their small values.
 
 P_EXPONENT = tl.constexpr(7)
 """p <= 2**P_EXPONENT as an operand."""
@@ -128,83 +138,102 @@ P_EXPONENT = tl.constexpr(7)
 S_EXPONENT = tl.constexpr(7)
 """scale < 2**(S_EXPONENT + 1) where it is folded into p, so that the product fits in fp16."""
 
+LOWEST = tl.constexpr(-1e30)
+"""Stands for the maximum of no logits."""
+
 LEAST = tl.constexpr(-100)
 """Exponents of all scales are taken as at least this."""
 
 
 @triton.jit
-def _row_pointers(pair, row, RATIO: tl.constexpr, NEW: tl.constexpr, stride_b, stride_h, stride_n, KV_HEADS: tl.constexpr):
-    """Offsets of query rows: row r of a KV head is new token r % NEW of its query head r // NEW."""
-    batch = (pair // KV_HEADS).to(tl.int64)
-    head = pair % KV_HEADS * RATIO + row // NEW
-    return batch * stride_b + head.to(tl.int64) * stride_h + (row % NEW).to(tl.int64) * stride_n
+def _row_offset(row, HEADS: tl.constexpr, NEW: tl.constexpr, stride_b, stride_h, stride_n):
+    """Where row `row` of [batch, HEADS, NEW, channels] starts."""
+    head = row // NEW
+    offset = (head // HEADS).to(tl.int64) * stride_b + (head % HEADS).to(tl.int64) * stride_h
+    return offset + (row % NEW).to(tl.int64) * stride_n
+
+
+@triton.jit(do_not_specialize=["batch", "rotated", "length"])
+def _prepare_kernel(
+    Q, K_NEW, V_NEW, K_DENSE, V_DENSE, STATE, ROTATION, Q_OUT, FACTOR, batch, rotated, length, scale,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_kdb, stride_kdh, stride_kds, stride_vdb, stride_vdh, stride_vds,
+    KV_HEADS: tl.constexpr, RATIO: tl.constexpr, NEW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROTATE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: COLUMNS channels of ROWS rows; of q in the first `rotated` programs, then of the new K and V.
+
+    Q_OUT [rows, DP]: q rotated, times a power of two that makes it at most 1.
+    FACTOR fp32 [rows]: what turns its products with keys into logits to the base of 2.
+    """
+    if PDL:
+        gdc_launch_dependents()
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    program = tl.program_id(0)
+    if program < rotated:
+        row = program * ROWS + tl.arange(0, ROWS)
+        real = row < batch * (KV_HEADS * RATIO * NEW)
+        q_ptr = Q + _row_offset(row, KV_HEADS * RATIO, NEW, stride_qb, stride_qh, stride_qn)
+        inner = tl.arange(0, DP)
+        q = to_fp32(tl.load(q_ptr[:, None] + inner[None, :], mask=real[:, None] & (inner < D)[None, :], other=0.0))
+        # |q R| <= |q|_2 <= sqrt(DP) max |q|.
+        bound = exponent(tl.max(tl.abs(q), 1)) + 1
+        if ROTATE:
+            bound += (exponent(tl.full([ROWS], DP, tl.float32)) + 1) // 2
+        bound = tl.minimum(tl.maximum(bound, LEAST), 126)
+        if ROTATE:
+            columns = ROTATION + inner[:, None] * D + channel[None, :]
+            matrix = tl.load(columns, mask=(inner < D)[:, None] & (channel < D)[None, :], other=0.0)
+            q = tl.dot(q * exp2i(-bound)[:, None], matrix, input_precision="tf32x3")
+        else:
+            q = tl.load(q_ptr[:, None] + channel[None, :], mask=real[:, None] & (channel < D)[None, :], other=0.0)
+            q = to_fp32(q) * exp2i(-bound)[:, None]
+        target = Q_OUT + row.to(tl.int64)[:, None] * DP + channel[None, :]
+        tl.store(target, round_to(q, Q_OUT.dtype.element_ty), mask=real[:, None])
+        if tl.program_id(1) == 0:
+            tl.store(FACTOR + row, exp2i(bound) * (scale * LOG2E), mask=real)
+    else:
+        row = (program - rotated) * ROWS + tl.arange(0, ROWS)
+        real = row < batch * (KV_HEADS * NEW)
+        mask = real[:, None] & (channel < D)[None, :]
+        # From each row's first new token to its slot.
+        shift = length - NEW - tl.load(STATE + row // (KV_HEADS * NEW) * 3, mask=real, other=0).to(tl.int64)
+        k_ptr = K_NEW + _row_offset(row, KV_HEADS, NEW, stride_kb, stride_kh, stride_kn)
+        v_ptr = V_NEW + _row_offset(row, KV_HEADS, NEW, stride_vb, stride_vh, stride_vn)
+        k = tl.load(k_ptr[:, None] + channel[None, :], mask=mask)
+        v = tl.load(v_ptr[:, None] + channel[None, :], mask=mask)
+        k_ptr = K_DENSE + _row_offset(row, KV_HEADS, NEW, stride_kdb, stride_kdh, stride_kds) + shift * stride_kds
+        v_ptr = V_DENSE + _row_offset(row, KV_HEADS, NEW, stride_vdb, stride_vdh, stride_vds) + shift * stride_vds
+        tl.store(k_ptr[:, None] + channel[None, :], k, mask=mask)
+        tl.store(v_ptr[:, None] + channel[None, :], v, mask=mask)
 
 
 @triton.jit
-def _append(NEW_TOKENS, DENSE, pair, slot0, channel, stride_nb, stride_nh, stride_nn, stride_db, stride_dh, stride_ds,
-            KV_HEADS: tl.constexpr, NEW: tl.constexpr, NEW_PADDED: tl.constexpr, D: tl.constexpr):  # fmt: skip
-    batch = (pair // KV_HEADS).to(tl.int64)
-    head = (pair % KV_HEADS).to(tl.int64)
-    token = tl.arange(0, NEW_PADDED)
-    mask = (token < NEW)[:, None] & (channel < D)[None, :]
-    source = NEW_TOKENS + batch * stride_nb + head * stride_nh
-    x = tl.load(source + token.to(tl.int64)[:, None] * stride_nn + channel[None, :], mask=mask, other=0.0)
-    target = DENSE + batch * stride_db + head * stride_dh
-    tl.store(target + (slot0 + token).to(tl.int64)[:, None] * stride_ds + channel[None, :], x, mask=mask)
+def _units(STATE, row, length, batch, UNIT: tl.constexpr, BLOCK: tl.constexpr, HAS_TIER: tl.constexpr):
+    """(dense tokens, units of the dense region, units in all) of an item of batch row `row`; 0 past the batch."""
+    real = row < batch
+    dense = tl.where(real, length - tl.load(STATE + row * 3, mask=real, other=0), 0)
+    dense_units = (dense + UNIT - 1) // UNIT
+    units = dense_units
+    if HAS_TIER:
+        units += tl.load(STATE + row * 3 + 2, mask=real, other=0) // BLOCK
+    return dense, dense_units, units
 
 
-@triton.jit(do_not_specialize=["length"])
-def _prepare_kernel(
-    Q, K_NEW, V_NEW, K_DENSE, V_DENSE, STATE, ROTATION, Q_OUT, FACTOR, length, scale,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_kdb, stride_kdh, stride_kds, stride_vdb, stride_vdh, stride_vds,
-    KV_HEADS: tl.constexpr, RATIO: tl.constexpr, NEW: tl.constexpr, NEW_PADDED: tl.constexpr, ROWS: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, ROTATE: tl.constexpr,
-):  # fmt: skip
-    """One program: COLUMNS channels of one KV head; ROWS of its query rows.
-
-    Q_OUT [pairs, rows, DP]: q rotated, times a power of two that makes it at most 1, zero in the padding.
-    FACTOR fp32 [pairs, rows]: what turns its products with keys into logits to the base of 2.
-    """
-    pair = tl.program_id(0)
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    rows = tl.num_programs(2) * ROWS
-    if tl.program_id(2) == 0:
-        slot0 = length - NEW - tl.load(STATE + pair // KV_HEADS * 3)
-        _append(K_NEW, K_DENSE, pair, slot0, channel, stride_kb, stride_kh, stride_kn, stride_kdb, stride_kdh, stride_kds,
-                KV_HEADS, NEW, NEW_PADDED, D)  # fmt: skip
-        _append(V_NEW, V_DENSE, pair, slot0, channel, stride_vb, stride_vh, stride_vn, stride_vdb, stride_vdh, stride_vds,
-                KV_HEADS, NEW, NEW_PADDED, D)  # fmt: skip
-
-    q_ptr = Q + _row_pointers(pair, row, RATIO, NEW, stride_qb, stride_qh, stride_qn, KV_HEADS)
-    real = row < RATIO * NEW
-    inner = tl.arange(0, DP)
-    q = to_fp32(tl.load(q_ptr[:, None] + inner[None, :], mask=real[:, None] & (inner < D)[None, :], other=0.0))
-    # |q R| <= |q|_2 <= sqrt(DP) max |q|.
-    bound = exponent(tl.max(tl.abs(q), 1)) + 1
-    if ROTATE:
-        bound += (exponent(tl.full([ROWS], DP, tl.float32)) + 1) // 2
-    bound = tl.minimum(tl.maximum(bound, LEAST), 126)
-    if ROTATE:
-        columns = ROTATION + inner[:, None] * D + channel[None, :]
-        matrix = tl.load(columns, mask=(inner < D)[:, None] & (channel < D)[None, :], other=0.0)
-        q = tl.dot(q * exp2i(-bound)[:, None], matrix, input_precision="ieee")
-    else:
-        q = tl.load(q_ptr[:, None] + channel[None, :], mask=real[:, None] & (channel < D)[None, :], other=0.0)
-        q = to_fp32(q) * exp2i(-bound)[:, None]
-    place = pair.to(tl.int64) * rows + row
-    tl.store(Q_OUT + place[:, None] * DP + channel[None, :], round_to(q, Q_OUT.dtype.element_ty))
-    if tl.program_id(1) == 0:
-        tl.store(FACTOR + place, exp2i(bound) * (scale * LOG2E))
+@triton.jit
+def _share(units, ITEMS: tl.constexpr, programs):
+    """Units per program; `units` are those of an item of each batch row, which has ITEMS."""
+    return (tl.sum(units, 0) * ITEMS + programs - 1) // programs
 
 
 @triton.jit
 def _dot_codes(codes, x, acc):
-    """acc + codes @ x. Codes are fp16; an fp32 `x` enters as the sum of two fp16 numbers, so with 22 bits."""
+    """acc + codes @ x. Codes are fp16; an fp32 `x` enters as the sum of two fp16 numbers, so with 22 bits: the second
+    times 2**11, lest it be subnormal and have fewer."""
     if x.dtype == tl.float32:
         high = x.to(tl.float16)
-        acc = tl.dot(codes, (x - high.to(tl.float32)).to(tl.float16), acc)
+        low = ((x - high.to(tl.float32)) * 2.0**11).to(tl.float16)
+        acc += tl.dot(codes, low) * 2.0**-11
         return tl.dot(codes, high, acc)
     else:
         return tl.dot(codes, x, acc)
@@ -213,7 +242,8 @@ def _dot_codes(codes, x, acc):
 @triton.jit
 def _row(x, i):
     """Row i of a tile."""
-    return tl.sum(tl.where(tl.arange(0, x.shape[0])[:, None] == i, x, 0.0), 0)
+    is_i = tl.maximum(1 - tl.abs(tl.arange(0, x.shape[0]) - i), 0).to(tl.float32)
+    return tl.sum(x * is_i[:, None], 0)
 
 
 @triton.jit
@@ -294,13 +324,13 @@ def _stack(tiles):
             both = tl.permute(tl.join(tiles[i], tiles[i + 1]), (2, 0, 1))
             pairs = pairs + (tl.reshape(both, [2 * both.shape[1], both.shape[2]]),)
         tiles = pairs
-    return tiles[0]
+    return pinned(tiles[0])
 
 
 @triton.jit
 def _finite_max(m):
-    """`m`, or 0 where nothing was seen yet, so that exp2(-inf - m) is 0 and not NaN."""
-    return tl.where(m == -float("inf"), 0.0, m)
+    """`m`, or something finite where nothing was seen yet, so that exp2(-inf - m) is 0 and not NaN."""
+    return tl.maximum(m, LOWEST)
 
 
 @triton.jit
@@ -313,23 +343,24 @@ def _fold(p, scale, weight):
 
 
 @triton.jit
-def _store_tile(OUT, out, offset, size, CHANNEL: tl.constexpr, POSITION: tl.constexpr, BITS: tl.constexpr):
+def _store_tile(OUT, real, out, offset, size, CHANNEL: tl.constexpr, POSITION: tl.constexpr, BITS: tl.constexpr):
     # Two factors: their product could overflow.
     codes_part = out * (2.0 ** (CODE_EXPONENT - code_position(POSITION, BITS) - P_EXPONENT - S_EXPONENT)) * exp2i(size)
     result = codes_part + (offset * 2.0**-P_EXPONENT)[None, :]
-    tl.store(OUT[None, :] + (CHANNEL + tl.arange(0, out.shape[0]))[:, None], result)
+    tl.store(OUT[None, :] + (CHANNEL + tl.arange(0, out.shape[0]))[:, None], result, mask=real[None, :])
 
 
 @triton.jit
 def _attend_tier(
-    q_ptr, factor, K_CODES, K_SCALE, K_ZERO, V_CODES, V_SCALE, V_ZERO, OUT, place, first, last,
+    q_ptr, real, factor, K_CODES, K_SCALE, K_ZERO, V_CODES, V_SCALE, V_ZERO, OUT, place, first, last,
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, K_GROUP: tl.constexpr,
     K_TOKEN_AXIS: tl.constexpr, V_GROUP: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr,
     SLICES: tl.constexpr, CHUNKS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Blocks `first ... last - 1` of the tier that starts at block `place`.
 
-    Stores the output, not divided by its sum, in OUT [D, ROWS]. Returns (maximum [ROWS] base 2, sum [ROWS]).
+    Stores the output of `real` rows, not divided by its sum, in OUT [D, ROWS]. Returns (maximum [ROWS] base 2, sum
+    [ROWS]).
     """
     # Tokens per tile: a slice of a word tile, or a part of one so that no tile spans two token groups.
     K_TILE: tl.constexpr = min(K_GROUP if K_TOKEN_AXIS else 16, WORDS)
@@ -341,10 +372,10 @@ def _attend_tier(
     token = tl.arange(0, BLOCK)
     z_row = tl.arange(0, Z_ROWS)
     if K_TOKEN_AXIS:
-        q = tl.load(q_ptr[None, :] + tl.arange(0, DP)[:, None])
+        q = tl.load(q_ptr[None, :] + tl.arange(0, DP)[:, None], mask=real[None, :], other=0.0)
     else:
         inner = tl.arange(0, DP // K_GROUP)[:, None, None] * K_GROUP + tl.arange(0, K_GROUP)[None, :, None]
-        q = tl.load(q_ptr[None, None, :] + inner)
+        q = tl.load(q_ptr[None, None, :] + inner, mask=real[None, None, :], other=0.0)
 
     m = tl.full([ROWS], -float("inf"), tl.float32)
     zeros = tl.zeros([Z_ROWS, ROWS], tl.float32)  # sum_t p_t z_tg in row g, sum_t p_t in the next
@@ -372,7 +403,7 @@ def _attend_tier(
             scales = scales + (tl.load(v_scale + group * BLOCK + token),)
 
         z_ptr = V_ZERO + at * (GROUPS * BLOCK) + z_row[:, None] * BLOCK + token[None, :]
-        z = tl.load(z_ptr, mask=(z_row < GROUPS)[:, None], other=0.0)
+        z = tl.load(z_ptr, mask=(z_row < GROUPS)[:, None], other=1.0)
 
         m_new = tl.maximum(m, tl.max(_largest(logits), 0))
         top = _finite_max(m_new)
@@ -386,9 +417,7 @@ def _attend_tier(
             p = tl.exp2(logits[i] - (top - P_EXPONENT)[None, :])
             probs = probs + (p if EXACT else p.to(tl.float16),)
         probs = _stack(probs)
-        # A row of ones: the product sums p, too.
-        z = tl.where((z_row < GROUPS)[:, None], to_fp16(z), 1.0)
-        zeros = _dot_codes(z, probs, zeros * decay[None, :])
+        zeros = _dot_codes(to_fp16(z), probs, zeros * decay[None, :])
         weight = exp2i(-size + S_EXPONENT)
         v_words = V_CODES + at * (WORDS * D)
         loads = ()
@@ -405,7 +434,7 @@ def _attend_tier(
 
     for i in tl.static_range(length_of(TILES)):
         offset = _row(zeros, entry(TILES, i, 0) // V_GROUP)
-        _store_tile(OUT, out[i], offset, size, entry(TILES, i, 0), entry(TILES, i, 1) * BITS, BITS)
+        _store_tile(OUT, real, out[i], offset, size, entry(TILES, i, 0), entry(TILES, i, 1) * BITS, BITS)
     return m, _row(zeros, GROUPS) * (2.0**-P_EXPONENT)
 
 
@@ -442,113 +471,203 @@ def _attend_dense(
     return out, m, total
 
 
-@triton.jit(do_not_specialize=["length", "capacity", "blocks_per_split", "dense_splits"])
+@triton.jit
+def _prefetch(BLOCKS, first, count, SIZE: tl.constexpr):
+    """Ask the L2 cache for the first two of `count` blocks of SIZE elements from block `first` on."""
+    BYTES: tl.constexpr = SIZE * BLOCKS.dtype.element_ty.primitive_bitwidth // 8
+    line = tl.arange(0, next_power_of_2(2 * BYTES // 128)) * 128
+    address = (BLOCKS + first * SIZE).to(tl.int64) + tl.minimum(line, count * BYTES - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit(do_not_specialize=["batch", "length", "capacity", "slots"])
 def _split_kernel(
-    Q, Q_TIER, FACTOR, K_CODES, K_SCALE, K_ZERO, V_CODES, V_SCALE, V_ZERO, K_DENSE, V_DENSE, STATE, OUT, MAXIMUM, TOTAL,
-    length, scale, capacity, blocks_per_split, dense_splits,
+    Q, Q_TIER, FACTOR, K_CODES, K_SCALE, K_ZERO, V_CODES, V_SCALE, V_ZERO, K_DENSE, V_DENSE, STATE, PARTS,
+    batch, length, scale, capacity, slots,
     stride_qb, stride_qh, stride_qn, stride_kdb, stride_kdh, stride_kds, stride_vdb, stride_vdh, stride_vds,
-    KV_HEADS: tl.constexpr, RATIO: tl.constexpr, NEW: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, BITS: tl.constexpr, K_GROUP: tl.constexpr, K_TOKEN_AXIS: tl.constexpr, V_GROUP: tl.constexpr,
-    BLOCK: tl.constexpr, WORDS: tl.constexpr, SLICES: tl.constexpr, CHUNKS: tl.constexpr, HAS_TIER: tl.constexpr,
-    DENSE_TOKENS: tl.constexpr, DENSE_STEP: tl.constexpr, DENSE_OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KV_HEADS: tl.constexpr, RATIO: tl.constexpr, NEW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, BATCH: tl.constexpr, UNIT: tl.constexpr, HAS_TIER: tl.constexpr,
+    BITS: tl.constexpr, K_GROUP: tl.constexpr, K_TOKEN_AXIS: tl.constexpr, V_GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    WORDS: tl.constexpr, SLICES: tl.constexpr, CHUNKS: tl.constexpr, DENSE_OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: one split, for ROWS query rows of one KV head, which share what is read.
+    """One program: one share of the units, item by item.
 
-    The first `dense_splits` splits are parts of the dense region, the others of the tier. A split past the row's tokens
-    reports a sum of 0 and no output.
-
-    OUT fp32 [pairs, splits, rows, D]; MAXIMUM, TOTAL fp32 [pairs, splits, rows].
+    PARTS fp32 [2, slots, ROWS, D + 4]: output not divided by its sum, maximum (base 2), sum, and two unused; first of
+    the dense region, then of the tier. Rows past the query's are not written, nor slots without units.
     """
-    split = tl.program_id(0)
-    pair = tl.program_id(1)
-    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    rows = tl.num_programs(2) * ROWS
-    batch = (pair // KV_HEADS).to(tl.int64)
-    kv_head = (pair % KV_HEADS).to(tl.int64)
-    result = (pair.to(tl.int64) * tl.num_programs(0) + split) * rows + row
-    channel = tl.arange(0, DP)
-    in_dense = length - tl.load(STATE + batch * 3)
-    in_tier = tl.load(STATE + batch * 3 + 2) // BLOCK
+    if PDL:
+        gdc_launch_dependents()
+    ITEMS: tl.constexpr = KV_HEADS * TILES
+    K_META: tl.constexpr = BLOCK // K_GROUP * D if K_TOKEN_AXIS else D // K_GROUP * BLOCK
+    program = tl.program_id(0)
+    batch_row = tl.arange(0, BATCH)
+    _, _, units = _units(STATE, batch_row, length, batch, UNIT, BLOCK, HAS_TIER)
+    ends = tl.cumsum(units, 0) * ITEMS
+    share = _share(units, ITEMS, tl.num_programs(0))
+    unit = program * share
+    last = tl.minimum(unit + share, tl.max(ends, 0))
+    while unit < last:
+        b = tl.sum((ends <= unit).to(tl.int32), 0)
+        dense, dense_units, units_here = _units(STATE, b, length, batch, UNIT, BLOCK, HAS_TIER)
+        place = unit - (tl.sum(tl.where(batch_row == b, ends, 0), 0) - units_here * ITEMS)
+        item = place // units_here
+        first = place % units_here
+        stop = tl.minimum(first + last - unit, units_here)
+        unit += stop - first
 
-    m = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    if split < dense_splits:
-        first = split * DENSE_TOKENS
-        if first < in_dense:
-            q_ptr = Q + _row_pointers(pair, row, RATIO, NEW, stride_qb, stride_qh, stride_qn, KV_HEADS)
+        pair = b * KV_HEADS + item // TILES
+        row = item % TILES * ROWS + tl.arange(0, ROWS)
+        real = row < RATIO * NEW
+        q_row = pair * (RATIO * NEW) + row
+        slot = (program + b * ITEMS + item).to(tl.int64)
+        part = PARTS + (slot * ROWS + tl.arange(0, ROWS)) * (D + 4)
+        if PDL:
+            if HAS_TIER:
+                if stop > dense_units:
+                    # Nothing of this is prepare's: it may come while that still runs.
+                    at = pair.to(tl.int64) * capacity + tl.maximum(first - dense_units, 0)
+                    count = stop - tl.maximum(first, dense_units)
+                    _prefetch(K_CODES, at, count, WORDS * D)
+                    _prefetch(K_SCALE, at, count, K_META)
+                    _prefetch(K_ZERO, at, count, K_META)
+                    _prefetch(V_CODES, at, count, WORDS * D)
+                    _prefetch(V_SCALE, at, count, D // V_GROUP * BLOCK)
+                    _prefetch(V_ZERO, at, count, D // V_GROUP * BLOCK)
+            gdc_wait()
+        if first < dense_units:
+            head = (pair % KV_HEADS).to(tl.int64)
             out, m, total = _attend_dense(
-                q_ptr, row < RATIO * NEW, K_DENSE + batch * stride_kdb + kv_head * stride_kdh,
-                V_DENSE + batch * stride_vdb + kv_head * stride_vdh, scale * LOG2E, first,
-                tl.minimum(first + DENSE_TOKENS, in_dense), in_dense - (NEW - 1) + row % NEW, stride_kds, stride_vds,
-                D, DP, ROWS, DENSE_STEP, DENSE_OPERAND, PRECISION,
+                Q + _row_offset(q_row, KV_HEADS * RATIO, NEW, stride_qb, stride_qh, stride_qn), real,
+                K_DENSE + b.to(tl.int64) * stride_kdb + head * stride_kdh,
+                V_DENSE + b.to(tl.int64) * stride_vdb + head * stride_vdh,
+                scale * LOG2E, first * UNIT, tl.minimum(stop * UNIT, dense), dense - (NEW - 1) + row % NEW,
+                stride_kds, stride_vds, D, DP, ROWS, UNIT, DENSE_OPERAND, PRECISION,
             )  # fmt: skip
-            tl.store(OUT + result[None, :] * D + channel[:, None], out, mask=(channel < D)[:, None])
-    elif HAS_TIER:
-        first = (split - dense_splits) * blocks_per_split
-        if first < in_tier:
-            place = pair.to(tl.int64) * rows + row
-            m, total = _attend_tier(
-                Q_TIER + place * DP, tl.load(FACTOR + place), K_CODES, K_SCALE, K_ZERO, V_CODES, V_SCALE, V_ZERO,
-                OUT + result * D, pair.to(tl.int64) * capacity, first, tl.minimum(first + blocks_per_split, in_tier),
-                D, DP, ROWS, BITS, K_GROUP, K_TOKEN_AXIS, V_GROUP, BLOCK, WORDS, SLICES, CHUNKS,
-                Q_TIER.dtype.element_ty == tl.float32,
-            )  # fmt: skip
-    tl.store(MAXIMUM + result, m)
-    tl.store(TOTAL + result, total)
+            channel = tl.arange(0, DP)
+            tl.store(part[None, :] + channel[:, None], out, mask=(channel < D)[:, None] & real[None, :])
+            tl.store(part + D, m, mask=real)
+            tl.store(part + D + 1, total, mask=real)
+        if HAS_TIER:
+            if stop > dense_units:
+                part += slots.to(tl.int64) * (ROWS * (D + 4))
+                m, total = _attend_tier(
+                    Q_TIER + q_row.to(tl.int64) * DP, real, tl.load(FACTOR + q_row, mask=real, other=0.0),
+                    K_CODES, K_SCALE, K_ZERO, V_CODES, V_SCALE, V_ZERO, part, pair.to(tl.int64) * capacity,
+                    tl.maximum(first - dense_units, 0), stop - dense_units, D, DP, ROWS, BITS, K_GROUP, K_TOKEN_AXIS,
+                    V_GROUP, BLOCK, WORDS, SLICES, CHUNKS, Q_TIER.dtype.element_ty == tl.float32,
+                )  # fmt: skip
+                tl.store(part + D, m, mask=real)
+                tl.store(part + D + 1, total, mask=real)
 
 
 @triton.jit
-def _weighted(OUT, MAXIMUM, TOTAL, at, stride, first, last, top, channel, D: tl.constexpr, STEP: tl.constexpr):
-    """Sum of splits `first ... last - 1`, relative to the maximum `top`: (output like `channel`, sum of weights)."""
-    out = tl.zeros([channel.shape[0]], tl.float32)
-    total = 0.0
-    for split0 in range(first, last, STEP):
-        split = split0 + tl.arange(0, STEP)
-        place = at + split.to(tl.int64) * stride
-        m = tl.load(MAXIMUM + place, mask=split < last, other=-float("inf"))
-        weight = tl.exp2(m - top)
-        # A split without tokens has written no output: what is there may be NaN.
-        part_ptr = OUT + place[:, None] * D + channel[None, :]
-        part = tl.load(part_ptr, mask=(weight > 0)[:, None] & (channel < D)[None, :], other=0.0)
-        out += tl.sum(part * weight[:, None], 0)
-        total += tl.sum(tl.load(TOTAL + place, mask=split < last, other=0.0) * weight, 0)
-    return out, total
+def _add_parts(out, m, total, PARTS, first, count, channel, D: tl.constexpr, SLOT: tl.constexpr, STEP: tl.constexpr):
+    """Adds parts `first ... first + STEP - 1` of `count` [rows], which lie SLOT apart from PARTS [rows] on, to (output
+    [rows, channel], maximum [rows] base 2, sum of weights [rows])."""
+    step = first + tl.arange(0, STEP)
+    real = step[None, :] < count[:, None]
+    part_ptr = PARTS[:, None] + step.to(tl.int64)[None, :] * SLOT
+    part_m = tl.load(part_ptr + D, mask=real, other=-float("inf"))
+    part_total = tl.load(part_ptr + D + 1, mask=real, other=0.0)
+    mask = real[:, :, None] & (channel < D)[None, None, :]
+    part = tl.load(part_ptr[:, :, None] + channel[None, None, :], mask=mask, other=0.0)
+    m_new = tl.maximum(m, tl.max(part_m, 1))
+    top = _finite_max(m_new)
+    decay = tl.exp2(m - top)
+    weight = tl.exp2(part_m - top[:, None])
+    out = out * decay[:, None] + tl.sum(part * weight[:, :, None], 1)
+    return out, m_new, total * decay + tl.sum(part_total * weight, 1)
 
 
-@triton.jit(do_not_specialize=["splits", "dense_splits", "rows"])
+@triton.jit(do_not_specialize=["batch", "length", "programs", "slots"])
 def _merge_kernel(
-    OUT, MAXIMUM, TOTAL, ROTATION, RESULT, splits, dense_splits, rows, stride_ob, stride_oh, stride_on,
+    PARTS, STATE, ROTATION, RESULT, batch, length, programs, slots, stride_ob, stride_oh, stride_on,
     KV_HEADS: tl.constexpr, RATIO: tl.constexpr, NEW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    COLUMNS: tl.constexpr, STEP: tl.constexpr, ROTATE: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, BATCH: tl.constexpr, UNIT: tl.constexpr, HAS_TIER: tl.constexpr,
+    BLOCK: tl.constexpr, MERGED: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, ROTATE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: COLUMNS channels of one query row. out = tier @ R^T + dense, over the sum of weights."""
-    pair = tl.program_id(0)
-    row = tl.program_id(1)
-    channel = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    at = pair.to(tl.int64) * splits * rows + row
-    top = -float("inf")
-    for split0 in range(0, splits, STEP):
-        split = split0 + tl.arange(0, STEP)
-        place = MAXIMUM + at + split.to(tl.int64) * rows
-        top = tl.maximum(top, tl.max(tl.load(place, mask=split < splits, other=-float("inf")), 0))
-    out, total = _weighted(OUT, MAXIMUM, TOTAL, at, rows, 0, dense_splits, top, channel, D, STEP)
+    """One program: COLUMNS channels of MERGED query rows. out = (tier @ R^T + dense) / sum of weights."""
+    ITEMS: tl.constexpr = KV_HEADS * TILES
+    SLOT: tl.constexpr = ROWS * (D + 4)
+    row = tl.program_id(0) * MERGED + tl.arange(0, MERGED)
+    real = row < batch * (KV_HEADS * RATIO * NEW)
+    pair = row // (RATIO * NEW)
+    in_pair = row % (RATIO * NEW)
+    b = pair // KV_HEADS
+    item = pair % KV_HEADS * TILES + in_pair // ROWS
+    batch_row = tl.arange(0, BATCH)
+    _, _, units = _units(STATE, batch_row, length, batch, UNIT, BLOCK, HAS_TIER)
+    _, dense_units, units_here = _units(STATE, b, length, batch, UNIT, BLOCK, HAS_TIER)
+    share = _share(units, ITEMS, programs)
+    before = tl.sum(tl.where(batch_row[None, :] < b[:, None], units[None, :], 0), 1)
+    start = before * ITEMS + item * units_here
+    tier = start + dense_units
+    end = start + units_here
+    place = PARTS + (in_pair % ROWS) * (D + 4)
+    slot = (b * ITEMS + item).to(tl.int64)
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     if ROTATE:
-        inner = tl.arange(0, DP)
-        tier, tier_total = _weighted(OUT, MAXIMUM, TOTAL, at, rows, dense_splits, splits, top, inner, D, STEP)
-        matrix_ptr = ROTATION + channel[:, None] * D + inner[None, :]
-        matrix = tl.load(matrix_ptr, mask=(channel < D)[:, None] & (inner < D)[None, :], other=0.0)
-        out += tl.sum(matrix * tier[None, :], 1)
+        matrix_ptr = ROTATION + channel[None, :] * D + tl.arange(0, DP)[:, None]
+        matrix = tl.load(matrix_ptr, mask=(channel < D)[None, :] & (tl.arange(0, DP) < D)[:, None], other=0.0)
+    if PDL:
+        gdc_wait()
+    first = start // share
+    count = tl.where(real, (tier + share - 1) // share - first, 0)
+    place += (slot + first) * SLOT
+    m = tl.full([MERGED], -float("inf"), tl.float32)
+    total = tl.zeros([MERGED], tl.float32)
+    out = tl.zeros([MERGED, COLUMNS], tl.float32)
+    if HAS_TIER:
+        # Of few dense parts, so that both kinds load in one step.
+        DENSE_STEP: tl.constexpr = max(STEP // 8, 1)
+        tier_first = tier // share
+        tier_count = tl.where(real & (tier < end), (end + share - 1) // share - tier_first, 0)
+        tier_place = place + (slots + tier_first - first) * SLOT
+        tier_m, tier_total = m, total
+        if ROTATE:
+            inner = tl.arange(0, DP)
+            tier_out = tl.zeros([MERGED, DP], tl.float32)
+        else:
+            inner = channel
+            tier_out = out
+        steps = tl.maximum((count + DENSE_STEP - 1) // DENSE_STEP, (tier_count + STEP - 1) // STEP)
+        for i in range(tl.max(steps, 0)):
+            out, m, total = _add_parts(out, m, total, place, i * DENSE_STEP, count, channel, D, SLOT, DENSE_STEP)
+            tier_out, tier_m, tier_total = _add_parts(
+                tier_out, tier_m, tier_total, tier_place, i * STEP, tier_count, inner, D, SLOT, STEP
+            )
+        top = _finite_max(tl.maximum(m, tier_m))
+        weight = tl.exp2(m - top)
+        tier_weight = tl.exp2(tier_m - top)
+        total = total * weight + tier_total * tier_weight
+        tier_out *= tier_weight[:, None]
+        if ROTATE:
+            tier_out = tl.dot(tier_out, matrix, input_precision="tf32x3")
+        out = out * weight[:, None] + tier_out
     else:
-        tier, tier_total = _weighted(OUT, MAXIMUM, TOTAL, at, rows, dense_splits, splits, top, channel, D, STEP)
-        out += tier
-    out = round_to(out / (total + tier_total), RESULT.dtype.element_ty)
-    target = RESULT + _row_pointers(pair, row, RATIO, NEW, stride_ob, stride_oh, stride_on, KV_HEADS)
-    tl.store(target + channel, out, mask=channel < D)
+        for i in range(0, tl.max(count, 0), STEP):
+            out, m, total = _add_parts(out, m, total, place, i, count, channel, D, SLOT, STEP)
+    out = round_to(out / tl.where(real, total, 1.0)[:, None], RESULT.dtype.element_ty)
+    target = RESULT + _row_offset(row, KV_HEADS * RATIO, NEW, stride_ob, stride_oh, stride_on)
+    tl.store(target[:, None] + channel[None, :], out, mask=real[:, None] & (channel < D)[None, :])
 
 
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+@functools.cache
+def _device_properties(device: torch.device) -> tuple[int, bool]:
+    """(multiprocessors, whether a kernel can be launched while the one before it runs)."""
+    if device.type != "cuda":
+        return 1, False
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, torch.version.hip is None and properties.major >= 9
+
+
+def block_bytes(dim: int, bits: int, k_group: int, v_group: int) -> float:
+    """Of one tier block, keys and values."""
+    return BLOCK * dim * (bits / 4 + 4 / k_group + 4 / v_group)
 
 
 def attend_triton(
@@ -578,48 +697,46 @@ def attend_triton(
     q, k_new, v_new = unit_last(q), unit_last(k_new), unit_last(v_new)
     batch, heads, n, dim = q.shape
     kv_heads, dense_capacity = k_dense.shape[1:3]
-    ratio, pairs, padded = heads // kv_heads, batch * kv_heads, triton.next_power_of_2(dim)
-    tuning = tuning or attend_tuning(padded, q.element_size())
+    ratio, padded = heads // kv_heads, triton.next_power_of_2(dim)
+    tuning = tuning or attend_tuning(padded, q.element_size(), block_bytes(dim, bits, k_group, v_group) if tier else 0)
     row_tile = min(tuning.rows, max(tuning.min_rows, triton.next_power_of_2(ratio * n)))
-    row_tiles = triton.cdiv(ratio * n, row_tile)
-    rows = row_tiles * row_tile
+    tiles = triton.cdiv(ratio * n, row_tile)
+    items, rows = batch * kv_heads * tiles, batch * heads * n
+    capacity = tier[0].shape[2] if tier else 0
+    multiprocessors, pdl = _device_properties(q.device)
+    # From capacities, never from lengths, which are on the device.
+    programs = min(multiprocessors * tuning.programs, items * (triton.cdiv(dense_capacity, tuning.unit) + capacity))
+    slots = programs + items
+    merged, columns, step = merge_tuning(rows, tuning)
 
-    capacity = blocks_per_split = tier_splits = 0
-    if tier:
-        capacity = tier[0].shape[2]
-        blocks_per_split = attend_blocks_per_split(capacity, pairs * row_tiles, _multiprocessors(q.device), tuning)
-        tier_splits = triton.cdiv(capacity, blocks_per_split)
-    dense_splits = triton.cdiv(dense_capacity, tuning.dense_tokens)
-    splits = dense_splits + tier_splits
-
-    fp32 = dict(dtype=torch.float32, device=q.device)
     tier_dtype = torch.float32 if q.dtype == torch.float32 else torch.float16
-    q_tier = torch.empty(pairs, rows, padded, dtype=tier_dtype, device=q.device)
-    factor = torch.empty(pairs, rows, **fp32)
-    partial = torch.empty(pairs, splits, rows, dim, **fp32)
-    maximum, total = torch.empty(2, pairs, splits, rows, **fp32).unbind()
+    q_tier = torch.empty(rows, padded, dtype=tier_dtype, device=q.device)
+    factor = torch.empty(rows, dtype=torch.float32, device=q.device)
+    parts = torch.empty(2, slots, row_tile, dim + 4, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, heads, n, dim, dtype=q.dtype, device=q.device)
     matrix = factor if rotation is None else rotation.to(torch.float32).contiguous()
-    sizes = dict(KV_HEADS=kv_heads, RATIO=ratio, NEW=n, D=dim, DP=padded)
-    columns = min(padded, tuning.merge_columns)
+    rotate = rotation is not None and bool(tier)
+    rotated = triton.cdiv(rows, 16) if tier else 0
+    sizes = dict(KV_HEADS=kv_heads, RATIO=ratio, NEW=n, D=dim, DP=padded, PDL=pdl)
+    line = dict(ROWS=row_tile, TILES=tiles, BATCH=triton.next_power_of_2(batch), UNIT=tuning.unit, HAS_TIER=bool(tier),
+                BLOCK=BLOCK)  # fmt: skip
     dense_strides = (*k_dense.stride()[:3], *v_dense.stride()[:3])
 
-    _prepare_kernel[pairs, padded // columns, row_tiles](
-        q, k_new, v_new, k_dense, v_dense, state, matrix, q_tier, factor, length, scale, *q.stride()[:3],
-        *k_new.stride()[:3], *v_new.stride()[:3], *dense_strides, **sizes, NEW_PADDED=triton.next_power_of_2(n),
-        ROWS=row_tile, COLUMNS=columns, ROTATE=rotation is not None and bool(tier),
+    _prepare_kernel[rotated + triton.cdiv(batch * kv_heads * n, 16), triton.cdiv(padded, tuning.prepare_columns)](
+        q, k_new, v_new, k_dense, v_dense, state, matrix, q_tier, factor, batch, rotated, length, scale,
+        *q.stride()[:3], *k_new.stride()[:3], *v_new.stride()[:3], *dense_strides, **sizes, ROWS=16,
+        COLUMNS=min(padded, tuning.prepare_columns), ROTATE=rotate,
     )  # fmt: skip
-    _split_kernel[splits, pairs, row_tiles](
-        q, q_tier, factor, *(tier or [factor] * 6), k_dense, v_dense, state, partial, maximum, total, length, scale,
-        capacity, blocks_per_split, dense_splits, *q.stride()[:3], *dense_strides, **sizes, ROWS=row_tile, BITS=bits,
-        K_GROUP=k_group, K_TOKEN_AXIS=k_axis == "token", V_GROUP=v_group, BLOCK=BLOCK, WORDS=words(bits),
-        SLICES=WORD_BITS // bits, CHUNKS=tuple(value_chunks(dim)), HAS_TIER=bool(tier),
-        DENSE_TOKENS=tuning.dense_tokens, DENSE_STEP=tuning.dense_step, DENSE_OPERAND=operand_dtype(q.dtype),
-        PRECISION=dot_precision(q.dtype), num_warps=tuning.warps, num_stages=tuning.stages, maxnreg=tuning.registers,
+    _split_kernel[(programs,)](
+        q, q_tier, factor, *(tier or [factor] * 6), k_dense, v_dense, state, parts, batch, length, scale, capacity,
+        slots, *q.stride()[:3], *dense_strides, **sizes, **line, BITS=bits, K_GROUP=k_group,
+        K_TOKEN_AXIS=k_axis == "token", V_GROUP=v_group, WORDS=words(bits), SLICES=WORD_BITS // bits,
+        CHUNKS=tuple(value_chunks(dim)), DENSE_OPERAND=operand_dtype(q.dtype), PRECISION=dot_precision(q.dtype),
+        num_warps=1, num_stages=tuning.stages, maxnreg=tuning.registers, launch_pdl=pdl,
     )  # fmt: skip
-    _merge_kernel[pairs, ratio * n, padded // columns](
-        partial, maximum, total, matrix, out, splits, dense_splits, rows, *out.stride()[:3], **sizes, COLUMNS=columns,
-        STEP=tuning.merge_splits, ROTATE=rotation is not None and bool(tier),
+    _merge_kernel[triton.cdiv(rows, merged), triton.cdiv(padded, columns)](
+        parts, state, matrix, out, batch, length, programs, slots, *out.stride()[:3], **sizes, **line, MERGED=merged,
+        COLUMNS=min(padded, columns), STEP=step, ROTATE=rotate, num_warps=8, num_stages=1, launch_pdl=pdl,
     )  # fmt: skip
     return out
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import triton
-
 
 @dataclass(frozen=True)
 class ScoresTuning:
     columns: int
-    """Keys per program. They are the rows of the product: 128 fill two of Hopper's 64-row instructions per warp group."""
+    """Keys per program: the columns of the product, which halve how often queries are read with each doubling."""
     queries: int
-    """Queries per step of the loop."""
+    """Queries per step of the loop: the rows of the product."""
     warps: int
     stages: int
 
@@ -20,8 +18,9 @@ class ScoresTuning:
 def scores_tuning(head_dim: int, itemsize: int) -> ScoresTuning:
     """Tiles of the column-sum pass by bytes of a head."""
     if head_dim * itemsize <= 256:
-        # One 128 x 64 fp32 tile is 64 registers a thread for four warps: room for two programs on a multiprocessor.
-        return ScoresTuning(columns=128, queries=64, warps=4, stages=3)
+        # About 150 registers and 64 KiB of shared memory: room for three programs on a multiprocessor, so that some are
+        # at exp2 while another is at the product.
+        return ScoresTuning(columns=128, queries=64, warps=4, stages=2)
     if head_dim * itemsize <= 512:
         # Half the keys, so that they and the queries in flight fit in shared memory.
         return ScoresTuning(columns=64, queries=64, warps=4, stages=2)
@@ -31,68 +30,68 @@ def scores_tuning(head_dim: int, itemsize: int) -> ScoresTuning:
 
 @dataclass(frozen=True)
 class CompressTuning:
-    contracted: int = 32
+    contracted: int = 128
     """Channels per step of the rotation's product."""
     warps: int = 8
-    stages: int = 2
+    registers: int | None = 128
+    """Limit per thread: two programs on a multiprocessor, one of which loads while the other computes."""
 
 
-COMPRESS = CompressTuning()
+def compress_tuning(itemsize: int) -> CompressTuning:
+    """By bytes of a value."""
+    if itemsize == 2:
+        return CompressTuning()
+    # fp32: operands are split into TF32 parts, in smaller steps, so that they fit.
+    return CompressTuning(contracted=32, registers=None)
 
 
 @dataclass(frozen=True)
 class AttendTuning:
     rows: int = 16
-    """Query rows (head in the group, new token) per program, at most: they share what is read."""
+    """Query rows (head in the group, new token) per item, at most: they share what is read."""
     min_rows: int = 8
     """The narrowest matrix instruction's columns."""
-    min_blocks: int = 8
-    """Tier blocks per split, at least: a split's partial output (4 bytes times rows times head_dim) stays far below the
-    bytes that it reads."""
-    waves: int = 16
-    """Programs per multiprocessor that splitting aims at: all that fit at once (one warp each), and as many again, so
-    that uneven ones even out."""
-    dense_tokens: int = 256
-    """Dense tokens per split: as many bytes as about ten tier blocks."""
-    dense_step: int = 32
-    """Dense tokens per step of the loop."""
-    merge_columns: int = 64
-    """Output channels per merge program: it holds this slice of the rotation, times head_dim, in registers."""
-    merge_splits: int = 16
-    """Splits per step of the merge's loop."""
-    warps: int = 1
-    """One: a slice of a 2-bit block has 16 tokens, one warp's share of a matrix product, and a program of one warp needs
-    no barriers."""
-    stages: int = 3
-    """Triton keeps `stages - 1` blocks in shared memory and asks for the next one at the end of a step. With 2, a program
-    waits for each block and only other programs hide that; with 3, it has a whole step's time, for 8 KiB more (2 bits)."""
+    unit: int = 32
+    """Dense tokens per step of the loop, and per unit of work."""
+    programs: int = 8
+    """Programs per multiprocessor, of one warp each: as many as run at once (255 registers a thread allow 8), so that
+    all end together."""
+    stages: int = 2
+    """Triton keeps `stages - 1` blocks in shared memory and asks for the next one at the end of a step: with 2, a
+    program waits for each block, and only other programs hide that."""
     registers: int | None = None
-    """Limit per thread; None for the compiler's 255, with which 8 programs fit on a multiprocessor."""
+    """Limit per thread; None for the compiler's 255."""
+    prepare_columns: int = 32
+    """Channels per program that rotates q."""
+    merge: tuple[tuple[int | None, int, int, int], ...] = ((64, 1, 64, 256), (256, 1, 128, 128), (None, 16, 128, 8))
+    """By query rows, at most (None: any number): rows and channels per merging program, and parts of a row that it
+    loads at once. Few rows have many parts each; programs of many rows share the load of the rotation."""
 
 
-def attend_tuning(head_dim: int, itemsize: int) -> AttendTuning:
-    """By bytes of a head, as it enters the dense region's products."""
-    if head_dim * itemsize <= 256:
-        return AttendTuning()
+def attend_tuning(head_dim: int, itemsize: int, block_bytes: float = 0) -> AttendTuning:
+    """By bytes of a head, as it enters the dense region's products, and of a tier block, keys and values."""
     # Output, q and words grow with the head: fewer rows and tokens at once, or they would not fit in registers.
-    return AttendTuning(rows=8, dense_step=16)
+    wide = {} if head_dim * itemsize <= 256 else dict(rows=8, unit=16, merge=((64, 1, 32, 64), (None, 16, 32, 4)))
+    stages = 3 if 0 < block_bytes <= 5 * 1024 else 2  # 64 channels at 2 bits: there is room
+    # Besides blocks, about what operands need on their way from one layout to another.
+    shared = (stages - 1) * block_bytes + 32 * head_dim * itemsize
+    programs = max(1, min(8, int(224 * 1024 // (shared + 1024))))
+    return AttendTuning(programs=programs, stages=stages, **wide)
 
 
-ATTEND_VARIANTS: dict[str, dict[str, int]] = {
+def merge_tuning(rows: int, tuning: AttendTuning) -> tuple[int, int, int]:
+    """(rows, channels, parts) of the merging programs; see `AttendTuning.merge`."""
+    return next(sizes for most, *sizes in tuning.merge if most is None or rows <= most)
+
+
+ATTEND_VARIANTS: dict[str, dict[str, object]] = {
     "stages2": dict(stages=2),
-    "stages2-reg168": dict(stages=2, registers=168),  # 11 programs on a multiprocessor; spills about 150 bytes
-    "stages2-reg168-waves22": dict(stages=2, registers=168, waves=22),
-    "stages2-reg128-waves24": dict(stages=2, registers=128, waves=24),
-    "stages4": dict(stages=4),
-    "waves8": dict(waves=8),
-    "waves32": dict(waves=32),
-    "blocks4": dict(min_blocks=4),
-    "blocks16": dict(min_blocks=16),
+    "stages3": dict(stages=3),
+    "programs4": dict(programs=4),
+    "programs5": dict(programs=5),
+    "programs12-reg168": dict(programs=12, registers=168),  # about 130 bytes of spills
+    "programs16": dict(programs=16),
+    "merge1": dict(merge=((None, 1, 128, 128),)),
+    "merge16": dict(merge=((None, 16, 128, 8),)),
 }
 """What `benchmarks/kernels.py --tune` measures beside the table's choice: changes to `attend_tuning`."""
-
-
-def attend_blocks_per_split(capacity: int, programs_per_split: int, multiprocessors: int, tuning: AttendTuning) -> int:
-    """Tier blocks per split, from the tier's *capacity* (never its length, which is on the device)."""
-    splits = max(1, tuning.waves * multiprocessors // programs_per_split)
-    return max(tuning.min_blocks, triton.cdiv(capacity, splits))

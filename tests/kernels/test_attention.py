@@ -15,8 +15,8 @@ from minikv_compile.rotation import hadamard
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 2e-5}
-SMALL = AttendTuning(min_blocks=2, dense_tokens=64, waves=1)
-"""Several splits of tier and dense region, with few tokens."""
+SMALL = AttendTuning(programs=5, merge=((2, 1, 32, 4), (None, 16, 32, 2)))
+"""Shares that cut items and span several."""
 
 
 @dataclass(frozen=True)
