@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .jit import check_dtype, check_head_dim, round_to, to_fp32, unit_last
+from .jit import (
+    INTERPRET,
+    check_dtype,
+    check_head_dim,
+    dot_precision,
+    operand_dtype,
+    round_to,
+    to_fp32,
+    to_operand,
+    unit_last,
+)
 from .packing import BLOCK, MAX_CHUNK, WORD_BITS, GroupAxis, Layout, metadata_dtype, pack, quantize, value_chunks, words
-from .tuning import COMPRESS, CompressTuning
+from .tuning import CompressTuning, compress_tuning
 
 Packed = tuple[Tensor, Tensor, Tensor]
 """codes, scale, zero (`packing`)."""
+
+Counted = tuple[Tensor, Tensor]
+"""What counts tokens that hold NaN or inf, in place: seen, int32 [batch, seq], zero but for those found so far, in
+whichever head; count, int32 [batch]."""
+
+
+def _pick(x: Tensor, index: Tensor | None, source: Tensor, filled: Tensor, counted: Counted | None) -> Tensor:
+    """Tokens `source` [batch, slots], of `index` if given, where `filled`, else zeros: [batch, heads, slots, dim]."""
+    heads, dim = x.shape[1], x.shape[3]
+    source = torch.where(filled, source, 0)[:, None].expand(-1, heads, -1)
+    if index is not None:
+        source = index.gather(2, source)
+    picked = x.gather(2, source[..., None].expand(-1, -1, -1, dim)).masked_fill(~filled[:, None, :, None], 0.0)
+    if counted is not None:
+        seen, count = counted
+        bad = (~torch.isfinite(picked).all(-1)).to(seen.dtype)
+        held = torch.zeros_like(seen).scatter_add_(1, source.flatten(1), bad.flatten(1)) > 0
+        count += (held & (seen == 0)).sum(-1)
+        seen |= held
+    return picked
 
 
 def compress_reference(
@@ -29,6 +61,7 @@ def compress_reference(
     clip: float = 1.0,
     out: Packed | None = None,
     first_block: Tensor | None = None,
+    counted: Counted | None = None,
 ) -> Packed:
     """Pack tokens `start ... start + tokens[b] - 1` of row b, in plain PyTorch.
 
@@ -37,11 +70,13 @@ def compress_reference(
         index: int64 [batch, kv_heads, kept]: token j is `x[..., index[..., j], :]`; None for token j itself.
         tokens: int [batch], each a multiple of BLOCK, at most `blocks * BLOCK`.
         blocks: capacity in blocks. What lies past a row's tokens is zero.
-        rotation: orthogonal fp32 [head_dim, head_dim], applied before quantizing, or None.
+        rotation: orthogonal fp32 [head_dim, head_dim], applied before quantizing, or None. Its columns hold one number,
+            that number's negative, and 0 (Hadamard matrices do).
         clip: as in `packing.quantize`.
         out: write into these instead, whatever their capacity: only blocks `first_block[b] ... first_block[b] +
             tokens[b] / BLOCK - 1` of row b. `blocks` then only bounds the tokens of a row.
         first_block: int [batch], with `out`.
+        counted: what counts the packed tokens that hold NaN or inf.
 
     Returns:
         codes, scale, zero (`packing`), with `blocks` blocks; or `out`.
@@ -49,10 +84,7 @@ def compress_reference(
     batch, heads, _, dim = x.shape
     slots = torch.arange(blocks * BLOCK, device=x.device)
     filled = slots < tokens[:, None]  # [batch, slots]
-    source = torch.where(filled, slots + start, 0)[:, None].expand(-1, heads, -1)
-    if index is not None:
-        source = index.gather(2, source)
-    picked = x.gather(2, source[..., None].expand(-1, -1, -1, dim)).masked_fill(~filled[:, None, :, None], 0.0)
+    picked = _pick(x, index, (slots + start).expand_as(filled), filled, counted)
     if rotation is not None:
         picked = (picked.float() @ rotation).to(x.dtype)
     codes, scale, zero = quantize(picked.view(batch, heads, blocks, BLOCK, dim), bits, group, axis, clip)
@@ -66,64 +98,119 @@ def compress_reference(
 
 
 @triton.jit
-def _rotated(x_ptr, x_mask, ROTATION, channel, D: tl.constexpr, DP: tl.constexpr, STEP: tl.constexpr):
-    """Rows of x times columns `channel` of the rotation, in fp32.
+def _count_not_finite(x, slot, SEEN, COUNT, DIMS: tl.constexpr):
+    """Adds to COUNT the tokens of x that hold NaN or inf and that no program has seen before.
 
-    Products of three TF32 numbers: x is exact in one, so the error of an output is about 2**-21 of the row's norm,
-    below what rounding to 16 bits takes next.
+    Args:
+        slot: the tokens, of the shape of x with 1 for `DIMS`, the dimensions along which channels lie.
     """
-    acc = tl.zeros([x_mask.shape[0], channel.shape[0]], tl.float32)
-    for low in range(0, DP, STEP):
-        inner = low + tl.arange(0, STEP)
-        x = tl.load(x_ptr + inner[None, :], mask=x_mask & (inner < D)[None, :], other=0.0)
-        columns = ROTATION + inner[:, None] * D + channel[None, :]
-        matrix = tl.load(columns, mask=(inner < D)[:, None] & (channel < D)[None, :], other=0.0)
-        acc = tl.dot(to_fp32(x), matrix, acc, input_precision="tf32x3")
-    return acc
+    # inf and NaN times 0 are NaN. Almost never is there one: only then is it asked which token holds it.
+    if not tl.sum(x * 0.0) == 0.0:  # noqa: SIM201
+        bad = (tl.abs(x) < float("inf")).to(tl.int32)
+        for i in tl.static_range(len(DIMS)):
+            bad = tl.min(bad, DIMS[i], keep_dims=True)
+        first = (tl.atomic_or(SEEN + slot, 1, mask=bad == 0) == 0) & (bad == 0)
+        tl.atomic_add(COUNT, tl.sum(first.to(tl.int32)))
 
 
-@triton.jit(do_not_specialize=["start", "kept", "capacity", "first_channel"])
+@triton.jit
+def _quotient(x, divisor, inverse):
+    """x / divisor, correctly rounded, for `inverse` = 1 / divisor, correctly rounded, and no overflow."""
+    if INTERPRET:
+        return x / divisor
+    else:
+        guess = x * inverse
+        return tl.fma(tl.fma(-guess, divisor, x), inverse, guess)
+
+
+@triton.jit(do_not_specialize=["start", "kept", "capacity"])
 def _compress_kernel(
-    X, INDEX, TOKENS, FIRST, ROTATION, CODES, SCALE, ZERO, stride_xb, stride_xh, stride_xs, start, kept, capacity,
-    first_channel, inset,
-    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHANNELS: tl.constexpr, STEP: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, TOKEN_AXIS: tl.constexpr, KEY_LAYOUT: tl.constexpr,
-    HAS_INDEX: tl.constexpr, ROTATE: tl.constexpr, IN_PLACE: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
-    WORDS: tl.constexpr, SLICES: tl.constexpr,
+    X, INDEX, TOKENS, FIRST, SIGNS, SIZES, CODES, SCALE, ZERO, SEEN, COUNT, stride_xb, stride_xh, stride_xs,
+    stride_tokens, stride_first, stride_count, seq, start, kept, capacity, inset,
+    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FIRST_CHANNEL: tl.constexpr, CHANNELS: tl.constexpr,
+    STEP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TOKEN_AXIS: tl.constexpr, KEY_LAYOUT: tl.constexpr,
+    HAS_INDEX: tl.constexpr, ROTATE: tl.constexpr, COUNTED: tl.constexpr, IN_PLACE: tl.constexpr, LIMIT: tl.constexpr,
+    BLOCK: tl.constexpr, SLICES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: one block of one head, CHANNELS of its channels."""
+    """One program: one block of one head, CHANNELS of its channels.
+
+    Values are [SLICES, M, WORDS]: M is the axis that is not cut into slices (channels of keys, tokens of values), so
+    that words [WORDS, M] are a sum over the first dimension, which each thread holds whole.
+    """
     source_block = tl.program_id(0)
     head = tl.program_id(1) % HEADS
-    channel0 = first_channel + tl.program_id(1) // HEADS * CHANNELS
+    channel0 = FIRST_CHANNEL + tl.program_id(1) // HEADS * CHANNELS
     batch = tl.program_id(2).to(tl.int64)
-    filled = source_block * BLOCK < tl.load(TOKENS + batch)
+    filled = source_block * BLOCK < tl.load(TOKENS + batch * stride_tokens)
     block = source_block
     written = filled | (not IN_PLACE)
     if IN_PLACE:
-        block += tl.load(FIRST + batch).to(tl.int32)
+        block += tl.load(FIRST + batch * stride_first).to(tl.int32)
         written = filled & (block < capacity)
     if written:
-        slot = start + source_block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+        M: tl.constexpr = CHANNELS if KEY_LAYOUT else BLOCK
+        N: tl.constexpr = BLOCK if KEY_LAYOUT else CHANNELS
+        WORDS: tl.constexpr = N // SLICES
+        # The compiler gives threads the dimension that is contiguous in memory first, then the others in their order:
+        # few threads share a group, so that few compute its scale.
+        m = tl.arange(0, M)[:, None, None]
+        n = tl.arange(0, SLICES)[None, :, None] * WORDS + tl.arange(0, WORDS)[None, None, :]
+        channel = channel0 + (m if KEY_LAYOUT else n)
+        real = channel < D
+
+        token = tl.arange(0, BLOCK) if ROTATE else (n if KEY_LAYOUT else m)
+        slot = start + source_block * BLOCK + token.to(tl.int64)
         if HAS_INDEX:
             slot = tl.load(INDEX + (batch * HEADS + head) * kept + slot, mask=filled & (slot < kept), other=0)
-        channel = channel0 + tl.arange(0, CHANNELS)
-        x_ptr = X + batch * stride_xb + head.to(tl.int64) * stride_xh + slot[:, None] * stride_xs
-        x_mask = tl.full([BLOCK, 1], 1, tl.int1) & filled
+        x_ptr = X + batch * stride_xb + head.to(tl.int64) * stride_xh + slot * stride_xs
+        count = COUNT + batch * stride_count
         if ROTATE:
-            x = _rotated(x_ptr, x_mask, ROTATION, channel, D, DP, STEP)
-            x = to_fp32(round_to(x, X.dtype.element_ty))
+            column = channel0 + tl.arange(0, CHANNELS)
+            product = tl.zeros([M, N], tl.float32)
+            for low in tl.static_range(0, DP, STEP):
+                inner = low + tl.arange(0, STEP)
+                part_mask = (tl.full([BLOCK, 1], 1, tl.int1) & filled) & (inner < D)[None, :]
+                part = tl.load(x_ptr[:, None] + inner[None, :], mask=part_mask, other=0.0)
+                signs_mask = (inner < D)[:, None] & (column < D)[None, :]
+                signs = tl.load(SIGNS + inner[:, None] * D + column[None, :], mask=signs_mask, other=0.0)
+                if COUNTED:
+                    _count_not_finite(to_fp32(part), slot[:, None], SEEN + batch * seq, count, (1,))
+                # Signs are 0, 1 or -1: what the tensor cores add up is exact.
+                part, signs = to_operand(part, OPERAND), to_operand(signs, OPERAND)
+                if KEY_LAYOUT:
+                    product = tl.dot(tl.trans(signs), tl.trans(part), product, input_precision=PRECISION)
+                else:
+                    product = tl.dot(part, signs, product, input_precision=PRECISION)
+            if KEY_LAYOUT:
+                product *= tl.load(SIZES + column, mask=column < D, other=0.0)[:, None]
+            else:
+                product *= tl.load(SIZES + column, mask=column < D, other=0.0)[None, :]
+            values = to_fp32(round_to(product, X.dtype.element_ty))
+            values = tl.permute(tl.reshape(values, [M, SLICES, WORDS]), [1, 0, 2])
         else:
-            x = to_fp32(tl.load(x_ptr + channel[None, :], mask=x_mask & (channel < D)[None, :], other=0.0))
+            values = to_fp32(tl.load(x_ptr + channel, mask=real & filled, other=0.0))
+            if COUNTED:
+                DIMS: tl.constexpr = (0,) if KEY_LAYOUT else (1, 2)
+                _count_not_finite(values, slot, SEEN + batch * seq, count, DIMS)
+            values = tl.permute(values, [1, 0, 2])
 
-        # From here on as in `packing.quantize`, in its order of operations.
-        DIM: tl.constexpr = 1 if TOKEN_AXIS else 2
-        if TOKEN_AXIS:
-            values = tl.reshape(x, [BLOCK // GROUP, GROUP, CHANNELS])
+        # From here on as in `packing.quantize`: [GA, GB, M, WA, WB] or [SLICES, MA, MB, WORDS], groups along the B.
+        ALONG_N: tl.constexpr = TOKEN_AXIS == KEY_LAYOUT
+        if ALONG_N:
+            GB: tl.constexpr = max(GROUP // WORDS, 1)
+            WB: tl.constexpr = min(GROUP, WORDS)
+            values = tl.reshape(values, [SLICES // GB, GB, M, WORDS // WB, WB])
         else:
-            values = tl.reshape(x, [BLOCK, CHANNELS // GROUP, GROUP])
+            values = tl.reshape(values, [SLICES, M // GROUP, GROUP, WORDS])
         finite = tl.abs(values) < float("inf")
-        low = tl.min(tl.where(finite, values, float("inf")), DIM)
-        high = tl.max(tl.where(finite, values, -float("inf")), DIM)
+        low = tl.where(finite, values, float("inf"))
+        high = tl.where(finite, values, -float("inf"))
+        if ALONG_N:
+            low = tl.min(tl.min(low, 1, keep_dims=True), 4, keep_dims=True)
+            high = tl.max(tl.max(high, 1, keep_dims=True), 4, keep_dims=True)
+        else:
+            low = tl.min(low, 2, keep_dims=True)
+            high = tl.max(high, 2, keep_dims=True)
         some = low <= high
         low = tl.where(some, low, 0.0)
         high = tl.where(some, high, 0.0)
@@ -131,40 +218,50 @@ def _compress_kernel(
         low += shrink
         high -= shrink
         TOP: tl.constexpr = 2**BITS - 1
-        span = tl.div_rn(high, tl.full(high.shape, TOP, tl.float32)) - tl.div_rn(
-            low, tl.full(low.shape, TOP, tl.float32)
-        )
         zero = round_to(tl.minimum(tl.maximum(low, -LIMIT), LIMIT), ZERO.dtype.element_ty)
+        span = _quotient(high, TOP, 1 / TOP) - _quotient(low, TOP, 1 / TOP)
         scale = round_to(tl.minimum(span, LIMIT), SCALE.dtype.element_ty)
 
-        step = tl.expand_dims(to_fp32(scale), DIM)
+        step = to_fp32(scale)
         usable = step > 0
-        step = tl.where(usable, step, 1.0)
-        position = values / step - tl.expand_dims(to_fp32(zero), DIM) / step
-        position = tl.where((position == position) & usable, position, 0.0)
-        position = tl.minimum(tl.maximum(position, 0.0), TOP * 1.0)
-        # Adding 1.5 * 2**23 leaves no bits below one: rounds to nearest, ties to even.
-        codes = ((position + 12582912.0) - 12582912.0).to(tl.int32)
-
+        # 1 / step must not overflow.
+        factor = tl.where(step < 2.0**-60, 2.0**64, 1.0)
+        step = tl.where(usable, step * factor, 1.0)
+        inverse = 1.0 / step
+        inverse = tl.fma(tl.fma(-inverse, step, 1.0), inverse, inverse)
+        base = _quotient(to_fp32(zero) * factor, step, inverse)
+        position = _quotient(values * factor, step, inverse) - base
+        position = tl.where(finite, position, tl.where(values > 0, TOP * 1.0, 0.0))
+        position = tl.where(usable, tl.minimum(tl.maximum(position, 0.0), TOP * 1.0), 0.0)
+        # Adding 1.5 * 2**23 rounds to nearest, ties to even, and leaves the code in the low bits; the high ones are
+        # cut off with the rest of the sum.
+        codes = tl.reshape((position + 12582912.0).to(tl.int32, bitcast=True), [SLICES, M, WORDS])
+        packed = tl.sum(codes << (tl.arange(0, SLICES) * BITS)[:, None, None], 0).to(tl.int16)
         place = (batch * HEADS + head) * capacity + block
-        shift = tl.arange(0, SLICES) * BITS
+        channels = tl.arange(0, M)[:, None]
+        word = tl.arange(0, WORDS)[None, :]
         if KEY_LAYOUT:
-            packed = tl.sum(tl.reshape(codes, [SLICES, WORDS, CHANNELS]) << shift[:, None, None], 0)
-            inner = tl.arange(0, WORDS)[:, None] * D + channel[None, :]
-            tl.store(CODES + place * (WORDS * D) + inner, packed.to(tl.int16), mask=(channel < D)[None, :])
+            tl.store(CODES + place * (WORDS * D) + word * D + channel0 + channels, packed, mask=channel0 + channels < D)
         else:
-            packed = tl.sum(tl.reshape(codes, [BLOCK, SLICES, CHANNELS // SLICES]) << shift[None, :, None], 1)
-            row = channel0 // SLICES + tl.arange(0, CHANNELS // SLICES)
-            inner = row[None, :] * BLOCK + tl.arange(0, BLOCK)[:, None]
-            tl.store(CODES + place * (WORDS * D) + inner, packed.to(tl.int16))
+            tl.store(CODES + (place * D + channel0) * (BLOCK // SLICES) + word * BLOCK + channels, packed)
 
+        if ALONG_N:  # [groups, M]
+            group = tl.arange(0, SLICES // GB)[:, None, None] * (WORDS // WB) + tl.arange(0, WORDS // WB)[None, None, :]
+            along = tl.arange(0, M)[None, :, None]
+            scale = tl.reshape(scale, [SLICES // GB, M, WORDS // WB])
+            zero = tl.reshape(zero, [SLICES // GB, M, WORDS // WB])
+        else:  # [groups, N]
+            group = tl.arange(0, M // GROUP)[None, :, None]
+            along = tl.arange(0, SLICES)[:, None, None] * WORDS + tl.arange(0, WORDS)[None, None, :]
+            scale = tl.reshape(scale, [SLICES, M // GROUP, WORDS])
+            zero = tl.reshape(zero, [SLICES, M // GROUP, WORDS])
         if TOKEN_AXIS:
-            inner = tl.arange(0, BLOCK // GROUP)[:, None] * D + channel[None, :]
-            real = (channel < D)[None, :]
+            inner = group * D + channel0 + along
+            real = channel0 + along < D
         else:
-            groups = channel0 // GROUP + tl.arange(0, CHANNELS // GROUP)
-            inner = groups[None, :] * BLOCK + tl.arange(0, BLOCK)[:, None]
-            real = (groups < D // GROUP)[None, :]
+            group += channel0 // GROUP
+            inner = group * BLOCK + along
+            real = group < D // GROUP
         inner += place * (BLOCK // GROUP * D if TOKEN_AXIS else D // GROUP * BLOCK)
         tl.store(SCALE + inner, scale, mask=real)
         tl.store(ZERO + inner, zero, mask=real)
@@ -195,6 +292,15 @@ def _launches(dim: int, layout: Layout) -> list[tuple[int, int, int]]:
     return [(0, channels, padded // channels)]
 
 
+@lru_cache
+def _signs(rotation: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A rotation as signs (0, 1, -1) and the size of each column."""
+    signs, sizes = rotation.sign(), rotation.abs().amax(0)
+    if not torch.equal(signs * sizes, rotation):
+        raise ValueError("The compress kernel takes rotations of one size per column, such as Hadamard matrices.")
+    return signs.to(dtype), sizes
+
+
 def compress_triton(
     x: Tensor,
     index: Tensor | None,
@@ -209,28 +315,34 @@ def compress_triton(
     clip: float = 1.0,
     out: Packed | None = None,
     first_block: Tensor | None = None,
-    tuning: CompressTuning = COMPRESS,
+    counted: Counted | None = None,
+    tuning: CompressTuning | None = None,
 ) -> Packed:
     """`compress` as a Triton kernel: one launch, or two for a head dimension that is no power of two."""
     check_dtype(x)
     check_head_dim(x.shape[-1])
     x = unit_last(x)
-    batch, heads, _, dim = x.shape
+    batch, heads, seq, dim = x.shape
+    tuning = tuning or compress_tuning(x.element_size())
     in_place = out is not None
     if out is None:
         out = empty_packed(batch, heads, blocks, dim, bits, group, axis, layout, x.dtype, x.device)
     elif not all(t.is_contiguous() for t in out):
         raise ValueError("compress writes into contiguous tensors only.")
     padded = triton.next_power_of_2(dim)
-    matrix = x if rotation is None else rotation.to(torch.float32).contiguous()
+    signs, sizes = (x, x) if rotation is None else _signs(rotation, x.dtype)
+    seen, count = (tokens, tokens) if counted is None else counted
+    first_block = tokens if first_block is None else first_block
     for first, channels, programs in _launches(dim, layout):
         _compress_kernel[blocks, heads * programs, batch](
-            x, x if index is None else index.contiguous(), tokens, tokens if first_block is None else first_block,
-            matrix, *out, *x.stride()[:3], start, 0 if index is None else index.shape[2], out[0].shape[2],
-            first, (1 - clip) / 2, HEADS=heads, D=dim, DP=padded, CHANNELS=channels, STEP=min(padded, tuning.contracted), BITS=bits,
-            GROUP=group, TOKEN_AXIS=axis == "token", KEY_LAYOUT=layout == "key", HAS_INDEX=index is not None,
-            ROTATE=rotation is not None, IN_PLACE=in_place, LIMIT=torch.finfo(out[1].dtype).max, BLOCK=BLOCK,
-            WORDS=words(bits), SLICES=WORD_BITS // bits, num_warps=tuning.warps, num_stages=tuning.stages,
+            x, x if index is None else index.contiguous(), tokens, first_block, signs, sizes, *out, seen, count,
+            *x.stride()[:3], tokens.stride(0), first_block.stride(0), count.stride(0), seq, start,
+            0 if index is None else index.shape[2], out[0].shape[2], (1 - clip) / 2,
+            HEADS=heads, D=dim, DP=padded, FIRST_CHANNEL=first, CHANNELS=channels, STEP=min(padded, tuning.contracted),
+            BITS=bits, GROUP=group, TOKEN_AXIS=axis == "token", KEY_LAYOUT=layout == "key", HAS_INDEX=index is not None,
+            ROTATE=rotation is not None, COUNTED=counted is not None, IN_PLACE=in_place,
+            LIMIT=torch.finfo(out[1].dtype).max, BLOCK=BLOCK, SLICES=WORD_BITS // bits, OPERAND=operand_dtype(x.dtype),
+            PRECISION=dot_precision(x.dtype), num_warps=tuning.warps, num_stages=1, maxnreg=tuning.registers,
         )  # fmt: skip
     return out
 
@@ -249,6 +361,7 @@ def compress(
     clip: float = 1.0,
     out: Packed | None = None,
     first_block: Tensor | None = None,
+    counted: Counted | None = None,
 ) -> Packed:
     """Gather, rotate, quantize and pack; arguments and result as in `compress_reference`.
 
@@ -257,4 +370,69 @@ def compress(
     rounded to the dtype of `x`; a token that holds inf rotates to NaN (code 0) throughout.
     """
     run = compress_triton if x.is_cuda else compress_reference
-    return run(x, index, start, tokens, blocks, bits, group, axis, layout, rotation, clip, out, first_block)
+    return run(x, index, start, tokens, blocks, bits, group, axis, layout, rotation, clip, out, first_block, counted)
+
+
+def dense_region_reference(
+    x: Tensor, index: Tensor | None, sinks: int, tokens: Tensor, used: Tensor, capacity: int, counted: Counted
+) -> Tensor:
+    """What `compress` leaves out of a row: its first `sinks` tokens, and those after the packed ones.
+
+    Args:
+        x, index, tokens, counted: as in `compress_reference`.
+        used: int [batch], how many they are, at most `capacity`. The rest is zeros.
+
+    Returns:
+        [batch, kv_heads, capacity, head_dim].
+    """
+    slot = torch.arange(capacity, device=x.device).expand(x.shape[0], -1)
+    source = torch.where(slot < sinks, slot, slot + tokens[:, None])
+    return _pick(x, index, source, slot < used[:, None], counted)
+
+
+@triton.jit(do_not_specialize=["seq", "kept", "sinks", "capacity"])
+def _dense_region_kernel(
+    X, INDEX, TOKENS, USED, OUT, SEEN, COUNT, stride_xb, stride_xh, stride_xs, stride_tokens, stride_used, stride_count,
+    seq, kept, sinks, capacity,
+    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SLOTS: tl.constexpr, HAS_INDEX: tl.constexpr,
+):  # fmt: skip
+    """One program: SLOTS tokens of one head."""
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    filled = slot < tl.load(USED + batch * stride_used)
+    token = tl.where(slot < sinks, slot, slot + tl.load(TOKENS + batch * stride_tokens)).to(tl.int64)
+    if HAS_INDEX:
+        token = tl.load(INDEX + (batch * HEADS + head) * kept + token, mask=filled, other=0)
+    channel = tl.arange(0, DP)[None, :]
+    x_ptr = X + batch * stride_xb + head.to(tl.int64) * stride_xh + token[:, None] * stride_xs + channel
+    x = tl.load(x_ptr, mask=filled[:, None] & (channel < D), other=0.0)
+    _count_not_finite(to_fp32(x), token[:, None], SEEN + batch * seq, COUNT + batch * stride_count, (1,))
+    out_ptr = OUT + ((batch * HEADS + head) * capacity + slot[:, None]) * D + channel
+    tl.store(out_ptr, x, mask=(slot < capacity)[:, None] & (channel < D))
+
+
+def dense_region_triton(
+    x: Tensor, index: Tensor | None, sinks: int, tokens: Tensor, used: Tensor, capacity: int, counted: Counted
+) -> Tensor:
+    """`dense_region` as a Triton kernel."""
+    check_dtype(x)
+    x = unit_last(x)
+    batch, heads, seq, dim = x.shape
+    seen, count = counted
+    out = x.new_empty(batch, heads, capacity, dim)
+    slots = 16
+    _dense_region_kernel[triton.cdiv(capacity, slots), heads, batch](
+        x, x if index is None else index.contiguous(), tokens, used, out, seen, count, *x.stride()[:3],
+        tokens.stride(0), used.stride(0), count.stride(0), seq, 0 if index is None else index.shape[2], sinks, capacity,
+        HEADS=heads, D=dim, DP=triton.next_power_of_2(dim), SLOTS=slots, HAS_INDEX=index is not None, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def dense_region(
+    x: Tensor, index: Tensor | None, sinks: int, tokens: Tensor, used: Tensor, capacity: int, counted: Counted
+) -> Tensor:
+    """Arguments and result as in `dense_region_reference`."""
+    run = dense_region_triton if x.is_cuda else dense_region_reference
+    return run(x, index, sinks, tokens, used, capacity, counted)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .jit import LOG2E, check_dtype, dot_precision, operand_dtype, to_operand, unit_last
-from .tuning import scores_tuning
+from .jit import LOG2E, check_dtype, check_head_dim, dot_precision, operand_dtype, to_operand, unit_last
+from .tuning import ScoresTuning, scores_tuning
 
 
 def column_scores_reference(
-    q: Tensor, k: Tensor, scale: float, lengths: Tensor | None = None, last: int | None = None, chunk: int = 256
-) -> Tensor:
+    q: Tensor, k: Tensor, scale: float, lengths: Tensor | None = None, last: int | None = None, stride: int = 1,
+    chunk: int = 256,
+) -> Tensor:  # fmt: skip
     """Attention probabilities summed over the queries and over the query heads of each KV head, in plain PyTorch.
 
     Args:
@@ -22,12 +26,13 @@ def column_scores_reference(
             not count, keys past it score 0.
         last: count only the last `last` valid queries of each row (SnapKV's observation window); None for all
             (H2O's and MiniKV's cumulative score, MiniKV section 3.1).
+        stride: a sample: of every `stride` queries the last one counts, `stride` times. At most `seq`.
         chunk: queries at a time: memory is linear in `seq`.
 
     Returns:
         fp32 (fp64 for fp64 input) [batch, kv_heads, seq].
     """
-    batch, heads, seq, dim = q.shape
+    batch, _, seq, dim = q.shape
     kv_heads = k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     lengths = torch.full((batch,), seq, device=q.device) if lengths is None else lengths.to(q.device)
@@ -42,47 +47,69 @@ def column_scores_reference(
         logits = (query @ keys[..., :high]).view(batch, kv_heads, -1, len(rows), high)
         logits[..., low:].masked_fill_(position[low:high] > rows[:, None], -torch.inf)
         exps = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
-        counts = (rows >= first[:, None]) & (rows < lengths[:, None])  # [batch, rows]
+        counts = (rows >= first[:, None]) & (rows < lengths[:, None]) & (rows % stride == stride - 1)  # [batch, rows]
         # The sum over queries of exps / their sum, as one product.
-        weights = counts[:, None, None] / exps.sum(-1)
+        weights = counts[:, None, None] * stride / exps.sum(-1)
         scores[..., :high] += (weights.view(batch, kv_heads, 1, -1) @ exps.view(batch, kv_heads, -1, high))[..., 0, :]
     return scores
 
 
+@triton.jit(do_not_specialize=["seq", "last", "padded"])
+def _prepare_kernel(
+    LSE, LENGTHS, OUT, stride_b, stride_h, seq, last, padded,
+    HEADS: tl.constexpr, STRIDE: tl.constexpr, SHIFT: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exps of the queries that count, in base 2, less the logarithm of their weight; inf for all others, so
+    that the loop over queries needs no mask."""
+    pair = tl.program_id(1).to(tl.int64)
+    head = pair % HEADS
+    batch = pair // HEADS
+    length = seq
+    if HAS_LENGTHS:
+        length = tl.load(LENGTHS + batch).to(tl.int32)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    query = row * STRIDE + STRIDE - 1
+    counts = row < length // STRIDE
+    if HAS_LAST:
+        counts &= query >= length - last
+    lse = tl.load(LSE + batch * stride_b + head * stride_h + query, mask=counts, other=float("inf"))
+    tl.store(OUT + pair * padded + row, lse * LOG2E - SHIFT, mask=row < padded)
+
+
 @triton.jit
 def _column_sums(
-    k, k_rows, q_base, lse_base, query0, stride_q, first, length, scale2,
-    D: tl.constexpr, DP: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    sums, k, k_rows, Q, lse_ptr, batch, head, tile, rows, scale2,
+    DP: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, STRIDE: tl.constexpr, MASKED: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities of QUERIES queries from `query0` on, summed per key: fp32 [keys]."""
-    row = query0 + tl.arange(0, QUERIES)
-    channel = tl.arange(0, DP)
-    q_ptr = q_base + row.to(tl.int64)[None, :] * stride_q + channel[:, None]
-    # What lies past the row's length may be NaN: it is not read. exp2(0 - inf) = 0 leaves it out of the sum.
-    q = tl.load(q_ptr, mask=(row < length)[None, :] & (channel < D)[:, None], other=0.0)
-    lse = tl.load(lse_base + row, mask=(row >= first) & (row < length), other=float("inf"))
-    logits = tl.dot(k, to_operand(q, OPERAND), input_precision=PRECISION)  # [keys, queries]
-    probs = tl.exp2(logits * scale2 - (lse * LOG2E)[None, :])
+    """`sums` plus the probabilities of one tile of queries: [QUERIES / 16, 8, KEYS]."""
+    q = tl.reshape(Q.load([batch, head, tile * QUERIES, 0]), [QUERIES, DP])
+    row = tile * QUERIES + tl.arange(0, QUERIES)
+    logits = tl.dot(to_operand(q, OPERAND), k, input_precision=PRECISION)
+    probs = tl.exp2(logits * scale2 - tl.load(lse_ptr + row)[:, None])
     if MASKED:
-        probs = tl.where(row[None, :] >= k_rows[:, None], probs, 0.0)
-    return tl.sum(probs, 1)
+        # Rows past the end may be NaN.
+        seen = ((row * STRIDE + STRIDE - 1)[:, None] >= k_rows[None, :]) & (row < rows)[:, None]
+        probs = tl.where(seen, probs, 0.0)
+    # A thread has rows 8 apart: what it adds up itself needs no shuffles until the end.
+    return sums + tl.sum(tl.reshape(probs, [QUERIES // 16, 2, 8, KEYS]), 1)
 
 
-@triton.jit(do_not_specialize=["seq", "last"])
+@triton.jit(do_not_specialize=["seq", "last", "padded"])
 def _column_scores_kernel(
-    Q, K, LSE, LENGTHS, OUT, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, seq, last, scale,
+    Q, K, LSE, LENGTHS, OUT, stride_kb, stride_kh, stride_ks, seq, last, padded, scale, pairs,
     KV_HEADS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KEYS: tl.constexpr,
-    QUERIES: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_LAST: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr, STRIDE: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_LAST: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: KEYS keys of one KV head, against all the queries that see them, of all its query heads.
 
-    Keys are the rows of the product, so that the sum over queries stays inside a thread. Each key belongs to one
-    program: no atomics, the same bits every time. The first programs, which see the most queries, start first.
+    Each key belongs to one program: no atomics, the same bits every time. The programs that see the most queries start
+    first.
     """
-    pair = tl.program_id(1)
-    batch = (pair // KV_HEADS).to(tl.int64)
+    pair = tl.program_id(0) % pairs
+    batch = pair // KV_HEADS
     kv_head = pair % KV_HEADS
     length = seq
     if HAS_LENGTHS:
@@ -91,72 +118,104 @@ def _column_scores_kernel(
     if HAS_LAST:
         first = tl.maximum(length - last, 0)
 
-    key0 = tl.program_id(0) * KEYS
+    key0 = tl.program_id(0) // pairs * KEYS
     k_rows = key0 + tl.arange(0, KEYS)
     channel = tl.arange(0, DP)
-    k_ptr = K + batch * stride_kb + kv_head.to(tl.int64) * stride_kh
+    k_ptr = K + batch.to(tl.int64) * stride_kb + kv_head.to(tl.int64) * stride_kh
     k_ptr += k_rows.to(tl.int64)[:, None] * stride_ks + channel[None, :]
     k = tl.load(k_ptr, mask=(k_rows < length)[:, None] & (channel < D)[None, :], other=0.0)
-    k = to_operand(k, OPERAND)
+    k = tl.trans(to_operand(k, OPERAND))
 
-    # Queries from the diagonal on; those that see every key of this program need no mask.
-    start = tl.maximum(key0, first // QUERIES * QUERIES)
-    unmasked = tl.maximum(start, key0 + tl.cdiv(KEYS - 1, QUERIES) * QUERIES)
+    # Tiles of queries: first those on the diagonal and the last, partial one, which need a mask; then the others.
+    SPAN: tl.constexpr = QUERIES * STRIDE
+    rows = length // STRIDE
+    tiles = tl.cdiv(rows, QUERIES)
+    whole = rows // QUERIES
+    start = tl.minimum(tl.maximum(key0, first) // SPAN, tiles)
+    low = tl.minimum(tl.maximum(start, tl.cdiv(key0 + KEYS - 1, SPAN)), tiles)
+    diagonal = low - start
+    masked = diagonal + tl.where((whole < tiles) & (low < tiles), 1, 0)
     scale2 = scale * LOG2E
-    sums = tl.zeros([KEYS], tl.float32)
-    for head in range(RATIO):
-        q_head = (kv_head * RATIO + head).to(tl.int64)
-        q_base = Q + batch * stride_qb + q_head * stride_qh
-        lse_base = LSE + (batch * KV_HEADS * RATIO + q_head) * seq
-        for query0 in range(start, tl.minimum(unmasked, length), QUERIES):
-            sums += _column_sums(
-                k, k_rows, q_base, lse_base, query0, stride_qs, first, length, scale2, D, DP, QUERIES, True, OPERAND,
-                PRECISION,
-            )  # fmt: skip
-        for query0 in range(unmasked, length, QUERIES):
-            sums += _column_sums(
-                k, k_rows, q_base, lse_base, query0, stride_qs, first, length, scale2, D, DP, QUERIES, False, OPERAND,
-                PRECISION,
-            )  # fmt: skip
-    sums = tl.where(k_rows < length, sums, 0.0)
-    tl.store(OUT + pair.to(tl.int64) * seq + k_rows, sums, mask=k_rows < seq)
+    sums = tl.zeros([QUERIES // 16, 8, KEYS], tl.float32)
+    head0 = kv_head * RATIO
+    lse_ptr = LSE + (batch * KV_HEADS * RATIO + head0).to(tl.int64) * padded
+    for i in tl.range(0, RATIO * masked, num_stages=STAGES):
+        head = i // masked
+        tile = i - head * masked
+        tile = tl.where(tile < diagonal, start + tile, whole)
+        sums = _column_sums(
+            sums, k, k_rows, Q, lse_ptr + head * padded, batch, head0 + head, tile, rows, scale2, DP, KEYS, QUERIES,
+            STRIDE, True, OPERAND, PRECISION,
+        )  # fmt: skip
+    # One loop over all heads, so that loads run ahead across them; from the last queries, which all programs read at
+    # about the same time, so that they come from the cache.
+    head = 0
+    tile = whole - 1
+    for _ in tl.range(0, RATIO * tl.maximum(whole - low, 0), num_stages=STAGES):
+        sums = _column_sums(
+            sums, k, k_rows, Q, lse_ptr + head * padded, batch, head0 + head, tile, rows, scale2, DP, KEYS, QUERIES,
+            STRIDE, False, OPERAND, PRECISION,
+        )  # fmt: skip
+        tile -= 1
+        head = tl.where(tile < low, head + 1, head)
+        tile = tl.where(tile < low, whole - 1, tile)
+    total = tl.where(k_rows < length, tl.sum(tl.sum(sums, 1), 0), 0.0)
+    tl.store(OUT + pair.to(tl.int64) * seq + k_rows, total, mask=k_rows < seq)
+
+
+def _described(q: Tensor, queries: int, padded_dim: int) -> TensorDescriptor:
+    """For bulk loads, which need strides of 16 bytes."""
+    if q.data_ptr() % 16 or q.stride(-1) != 1 or any(n * q.element_size() % 16 for n in q.stride()[:-1]):
+        q = q.clone(memory_format=torch.contiguous_format)
+    return TensorDescriptor(q, list(q.shape), list(q.stride()), [1, 1, queries, padded_dim])
 
 
 def column_scores_triton(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float, lengths: Tensor | None = None, last: int | None = None
-) -> Tensor:
-    """`column_scores` as a Triton kernel."""
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, lengths: Tensor | None = None, last: int | None = None,
+    stride: int = 1, tuning: ScoresTuning | None = None,
+) -> Tensor:  # fmt: skip
+    """`column_scores` as two Triton kernels."""
     check_dtype(q, k)
+    check_head_dim(q.shape[-1])
     batch, heads, seq, dim = q.shape
     kv_heads = k.shape[1]
-    q, k, lse = unit_last(q), unit_last(k), lse.contiguous()
-    tuning = scores_tuning(triton.next_power_of_2(dim), q.element_size())
+    k, lse = unit_last(k), unit_last(lse)
+    padded_dim = triton.next_power_of_2(dim)
+    tuning = tuning or scores_tuning(padded_dim, q.element_size())
+    counted = lse if lengths is None else lengths
+    kinds = {"STRIDE": stride, "HAS_LENGTHS": lengths is not None, "HAS_LAST": last is not None}
+    padded = triton.cdiv(seq // stride, tuning.queries) * tuning.queries
+    base2 = torch.empty(batch, heads, padded, dtype=torch.float32, device=q.device)
+    _prepare_kernel[triton.cdiv(padded, 1024), batch * heads](
+        lse, counted, base2, *lse.stride()[:2], seq, last or 0, padded, HEADS=heads, SHIFT=math.log2(stride), ROWS=1024,
+        **kinds,
+    )  # fmt: skip
     out = torch.empty(batch, kv_heads, seq, dtype=torch.float32, device=q.device)
-    _column_scores_kernel[triton.cdiv(seq, tuning.columns), batch * kv_heads](
-        q, k, lse, lse if lengths is None else lengths, out, *q.stride()[:3], *k.stride()[:3], seq, last or 0, scale,
-        KV_HEADS=kv_heads, RATIO=heads // kv_heads, D=dim, DP=triton.next_power_of_2(dim), KEYS=tuning.columns,
-        QUERIES=tuning.queries, HAS_LENGTHS=lengths is not None, HAS_LAST=last is not None,
-        OPERAND=operand_dtype(q.dtype), PRECISION=dot_precision(q.dtype),
-        num_warps=tuning.warps, num_stages=tuning.stages,
+    _column_scores_kernel[triton.cdiv(seq, tuning.columns) * batch * kv_heads,](
+        _described(q[:, :, stride - 1 :: stride], tuning.queries, padded_dim), k, base2, counted, out, *k.stride()[:3],
+        seq, last or 0, padded, scale, batch * kv_heads, KV_HEADS=kv_heads, RATIO=heads // kv_heads, D=dim,
+        DP=padded_dim, KEYS=tuning.columns, QUERIES=tuning.queries, OPERAND=operand_dtype(q.dtype),
+        PRECISION=dot_precision(q.dtype), STAGES=tuning.stages, num_warps=tuning.warps, **kinds,
     )  # fmt: skip
     return out
 
 
 def column_scores(
-    q: Tensor, k: Tensor, lse: Tensor | None, scale: float, lengths: Tensor | None = None, last: int | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, lse: Tensor | None, scale: float, lengths: Tensor | None = None, last: int | None = None,
+    stride: int = 1,
+) -> Tensor:  # fmt: skip
     """The second pass of a two-pass prefill: only q @ k^T is computed again, the softmax is known from `lse`.
 
     Args:
         q: [batch, heads, seq, head_dim]; k: [batch, kv_heads, seq, head_dim]; fp16, bf16 or fp32, any strides.
-        lse: fp32 [batch, heads, seq], natural log-sum-exp of each query's logits, from the attention kernel; on a CPU it may be
-            None.
+        lse: fp32 [batch, heads, seq], natural log-sum-exp of each query's logits, from the attention kernel; None on a
+            CPU.
         scale: of the logits.
-        lengths, last: see `column_scores_reference`, which needs no `lse`.
+        lengths, last, stride: see `column_scores_reference`, which needs no `lse`.
 
     Returns:
         fp32 [batch, kv_heads, seq].
     """
     if not q.is_cuda:
-        return column_scores_reference(q, k, scale, lengths, last)
-    return column_scores_triton(q, k, lse, scale, lengths, last)
+        return column_scores_reference(q, k, scale, lengths, last, stride)
+    return column_scores_triton(q, k, lse, scale, lengths, last, stride)

@@ -117,12 +117,6 @@ def _bitmask(index: Tensor, counts: Tensor, seq: int) -> Tensor:
     return bits.sum(-1, dtype=torch.uint8)
 
 
-def _not_finite(x: Tensor, counted: Tensor | None) -> Tensor:
-    """int32 [batch]: tokens of [batch, kv_heads, seq, head_dim] that hold NaN or inf, of those `counted` [batch, seq]."""
-    bad = ~torch.isfinite(x).all(-1).all(1)
-    return (bad if counted is None else bad & counted).sum(-1, dtype=torch.int32)
-
-
 def dense_capacity(config: MiniKVConfig, used: int) -> int:
     """Tokens of a dense region that holds `used`."""
     if config.bits == 16 or used > config.capacity:
@@ -173,37 +167,42 @@ def compress_prompt(
     if settings.drops and not whole:
         rows = select(scores, row_lengths, layer, layers, settings)
         counts = [row.shape[-1] for row in rows]
-        index = torch.nn.utils.rnn.pad_sequence([row.T for row in rows], batch_first=True).transpose(1, 2)
+        index = rows[0].new_zeros(batch, heads, max(counts))
+        for target, row in zip(index, rows, strict=True):
+            target[:, : row.shape[-1]] = row
         if order is not None:
             index = order[:, None].expand(-1, heads, -1).gather(2, index)
+    if index is not None:
+        index = index.contiguous()
 
     packed = [0 if whole else max(0, n - settings.sinks - settings.window) // BLOCK * BLOCK for n in counts]
     in_dense = [n - p for n, p in zip(counts, packed, strict=True)]
     capacity = dense_capacity(settings, max(in_dense))
-    tier = torch.tensor(packed, dtype=torch.int32, device=k.device)
-    slot = torch.arange(capacity, device=k.device)
-    source = torch.where(slot < settings.sinks, slot, slot + tier[:, None]).clamp(max=max(counts) - 1)
-    source = source[:, None].expand(-1, heads, -1)
-    if index is not None:
-        source = index.gather(2, source)
+    rows = torch.tensor([[seq - n, 0, p, n] for n, p in zip(in_dense, packed, strict=True)], dtype=torch.int32)
+    if k.is_cuda:
+        rows = rows.pin_memory()  # a copy from anything else would wait for the device
+    rows = rows.to(k.device, non_blocking=True)
     rotation = rotation_matrix(settings.rotation, dim, k.device)
-    counted = None
-    if order is not None:
-        present = torch.arange(seq, device=k.device) < tier.new_tensor(row_lengths)[:, None]
-        counted = torch.zeros_like(present).scatter_(1, order, present)
+    kept = None
+    if settings.drops or padded:
+        everything = torch.arange(seq, device=k.device).expand(batch, heads, -1) if index is None else index
+        kept = _bitmask(everything, rows[:, IN_TIER] + rows[:, -1], seq)
 
     out = []
     for role, x in zip(ROLES, (k, v), strict=True):
+        state = rows[:, :-1].clone(memory_format=torch.contiguous_format)
+        tokens = state[:, IN_TIER]
+        counted = torch.zeros(batch, seq, dtype=torch.int32, device=k.device), state[:, NOT_FINITE]
         if settings.bits < 16:
             group, axis = grouping(settings, role, dim)
             blocks = max(max(packed) // BLOCK, MIN_BLOCKS)
-            out += compress.compress(x, index, settings.sinks, tier, blocks, settings.bits, group, axis, role, rotation,
-                               settings.clip)  # fmt: skip
-        offset = torch.tensor([seq - n for n in in_dense], dtype=torch.int32, device=k.device)
-        out += [take_tokens(x, source), torch.stack([offset, _not_finite(x, counted), tier], -1)]
-        if settings.drops or padded:
-            everything = torch.arange(seq, device=k.device).expand(batch, heads, -1) if index is None else index
-            out.append(_bitmask(everything, slot.new_tensor(counts), seq))
+            out += compress.compress(
+                x, index, settings.sinks, tokens, blocks, settings.bits, group, axis, role, rotation, settings.clip,
+                counted=counted,
+            )  # fmt: skip
+        out += [compress.dense_region(x, index, settings.sinks, tokens, rows[:, -1], capacity, counted), state]
+        if kept is not None:
+            out.append(kept.clone() if role == ROLES[1] else kept)  # outputs must not share storage
     return out
 
 
@@ -342,14 +341,13 @@ def flush(
     full = (in_dense + n > capacity).int()
     tokens = full * ((in_dense - settings.sinks - settings.window) // BLOCK).clamp(0, blocks) * BLOCK
     group, axis = grouping(settings, role, dim)
+    counted = torch.zeros(dense.shape[0], dense.shape[2], dtype=torch.int32, device=dense.device), state[:, NOT_FINITE]
     compress.compress(
         dense, None, settings.sinks, tokens, blocks, settings.bits, group, axis, role,
         rotation_matrix(settings.rotation, dim, dense.device), settings.clip, out=(codes, scale, zero),
-        first_block=state[:, IN_TIER] // BLOCK,
+        first_block=state[:, IN_TIER] // BLOCK, counted=counted,
     )  # fmt: skip
     slot = torch.arange(dense.shape[2], device=dense.device)
-    moved = (slot >= settings.sinks) & (slot < settings.sinks + tokens[:, None])
-    state[:, NOT_FINITE] += _not_finite(dense, moved)
     source = torch.where(slot < settings.sinks, slot, slot + tokens[:, None]).clamp(max=dense.shape[2] - 1)
     dense.copy_(take_tokens(dense, source))
     state[:, OFFSET] += tokens

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .kernels.packing import BLOCK
+from .kernels.select import highest
 
 if TYPE_CHECKING:
     from .config import MiniKVConfig
@@ -74,7 +75,7 @@ def heavy_hitter(scores: Tensor, length: int, layer: int, layers: int, config: M
     shares = LAYER_BUDGETS[config.layer_budget](config.pyramid_depth, layers)
     limit = length - recent - sinks
     heavy = layer_budgets(in_tokens(config.heavy, length) * layers, shares, limit)[layer]
-    chosen = scores[:, sinks : length - recent].topk(heavy, dim=-1).indices.sort(-1).values + sinks
+    chosen = highest(scores[:, sinks : length - recent], heavy) + sinks
     position = torch.arange(length, device=scores.device).expand(scores.shape[0], -1)
     return torch.cat([position[:, :sinks], chosen, position[:, length - recent :]], -1)
 

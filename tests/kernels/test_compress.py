@@ -5,7 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minikv_compile.kernels.compress import compress_reference, compress_triton, empty_packed
+from minikv_compile.kernels.compress import (
+    compress_reference,
+    compress_triton,
+    dense_region_reference,
+    dense_region_triton,
+    empty_packed,
+)
 from minikv_compile.kernels.packing import BLOCK, unpack, value_group
 from minikv_compile.rotation import hadamard
 
@@ -39,12 +45,22 @@ def assert_same_codes(actual, expected, bits, layout, most):
     assert (difference > 0).float().mean() <= most
 
 
+def counters(x, device):
+    return tuple(torch.zeros(n, dtype=torch.int32, device=device) for n in ((x.shape[0], x.shape[2]), x.shape[0]))
+
+
 def check(device, x, index, start, tokens, blocks, bits, group, axis, layout, rotation):
-    expected = compress_reference(x, index, start, tokens, blocks, bits, group, axis, layout, rotation)
-    on_device = [t if t is None else t.to(device) for t in (index, tokens, rotation)]
-    actual = compress_triton(
-        x.to(device), on_device[0], start, on_device[1], blocks, bits, group, axis, layout, on_device[2]
+    counted, counted_reference = counters(x, device), counters(x, "cpu")
+    expected = compress_reference(
+        x, index, start, tokens, blocks, bits, group, axis, layout, rotation, counted=counted_reference
     )
+    on_device = [t if t is None else t.to(device) for t in (index, tokens, rotation)]
+    index, tokens, rotation = on_device
+    actual = compress_triton(
+        x.to(device), index, start, tokens, blocks, bits, group, axis, layout, rotation, counted=counted
+    )
+    for ours, theirs in zip(counted, counted_reference, strict=True):
+        assert torch.equal(ours.cpu(), theirs)
     codes, scale, zero = (t.cpu() for t in actual)
     assert codes.shape == expected[0].shape and scale.dtype == expected[1].dtype
     if rotation is None:
@@ -126,3 +142,27 @@ def test_refuses_storage_with_gaps(device):
         compress_triton(
             x, None, 0, tokens, 1, 2, 64, "token", "key", None, 1.0, tuple(t.transpose(-1, -2) for t in storage), tokens
         )
+
+
+def test_refuses_rotations_that_are_no_signs(device):
+    x = torch.zeros(1, 1, BLOCK, 64, device=device)
+    tokens = torch.full((1,), BLOCK, dtype=torch.int32, device=device)
+    rotation = torch.linalg.qr(torch.randn(64, 64))[0].to(device)
+    with pytest.raises(ValueError, match="Hadamard"):
+        compress_triton(x, None, 0, tokens, 1, 2, 64, "token", "key", rotation)
+
+
+@pytest.mark.parametrize("gather", [False, True])
+def test_dense_region(device, gather):
+    """Sinks and the tokens after the packed ones; of two heads with NaN in one token, it counts once."""
+    x = values("normal", (2, 3, 300, 80), torch.bfloat16, 0)
+    x[0, :2, 1, 3], x[0, 0, 290], x[1, 0, 200] = torch.nan, torch.inf, torch.nan  # the last one is packed
+    index = torch.stack([torch.arange(300).roll(7 * i) for i in range(6)]).view(2, 3, 300) if gather else None
+    tokens, used = torch.tensor([128, 256], dtype=torch.int32), torch.tensor([172, 30], dtype=torch.int32)
+    ours, theirs = counters(x, device), counters(x, "cpu")
+    expected = dense_region_reference(x, index, 4, tokens, used, 180, theirs)
+    on_device = [t if t is None else t.to(device) for t in (x, index, tokens, used)]
+    actual = dense_region_triton(*on_device[:2], 4, *on_device[2:], 180, ours)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, theirs, strict=True))
+    assert gather or theirs[1].tolist() == [2, 0]

@@ -29,14 +29,14 @@ def inputs(device, batch, kv_heads, ratio, seq, dim, dtype, seed=0, seq_first=Fa
     return random(kv_heads * ratio), random(kv_heads)
 
 
-def check(q, k, scale, lengths=None, last=None):
+def check(q, k, scale, lengths=None, last=None, stride=1):
     lse = natural_lse(q, k, scale)
-    expected = column_scores_reference(q.double(), k.double(), scale, lengths, last)
+    expected = column_scores_reference(q.double(), k.double(), scale, lengths, last, stride)
     if lengths is not None:
         for row, length in enumerate(lengths.tolist()):
             for x in (q, k, lse):
                 x[row, :, length:] = torch.nan
-    actual = column_scores_triton(q, k, lse, scale, lengths, last)
+    actual = column_scores_triton(q, k, lse, scale, lengths, last, stride)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -48,13 +48,14 @@ def check(q, k, scale, lengths=None, last=None):
     dim=st.sampled_from([64, 80, 96, 128, 256]),
     dtype=st.sampled_from(DTYPES),
     last=st.one_of(st.none(), st.integers(1, 300)),
+    stride=st.integers(1, 3),
     fill=st.floats(0, 1),
     seq_first=st.booleans(),
 )
-def test_matches_reference(device, kv_heads, ratio, seq, dim, dtype, last, fill, seq_first):
+def test_matches_reference(device, kv_heads, ratio, seq, dim, dtype, last, stride, fill, seq_first):
     q, k = inputs(device, 2, kv_heads, ratio, seq, dim, dtype, seq, seq_first)
     lengths = torch.tensor([seq, max(1, round(fill * seq))], device=device)
-    check(q, k, dim**-0.5, lengths, last)
+    check(q, k, dim**-0.5, lengths, last, min(stride, seq))
 
 
 @pytest.mark.parametrize("seq", [64, 127, 128, 129, 193])
@@ -72,6 +73,22 @@ def test_sums_to_the_number_of_queries_and_repeats_its_bits(device):
     first, second = (column_scores_triton(q, k, lse, 0.125) for _ in range(2))
     assert torch.equal(first, second)
     torch.testing.assert_close(first.sum(-1), torch.full((1, 2), 2 * 150.0, device=device), rtol=1e-4, atol=0)
+
+
+def test_sample():
+    """Every third query, three times."""
+    q, k = inputs("cpu", 1, 1, 2, 50, 64, torch.float32)
+    probs = (q[0] @ k[0].mT * 0.1).masked_fill(torch.ones(50, 50).triu(1) > 0, -torch.inf).softmax(-1)
+    torch.testing.assert_close(column_scores_reference(q, k, 0.1, stride=3)[0, 0], 3 * probs[:, 2::3].sum((0, 1)))
+
+
+@pytest.mark.parametrize("odd", ["offset", "stride", "last"])
+def test_queries_that_bulk_loads_cannot_take(device, odd):
+    q, k = inputs(device, 1, 1, 2, 70, 64, torch.float16)
+    wide = torch.zeros(1, 2, 70, 2 * 66, dtype=q.dtype, device=device)
+    views = {"offset": wide[..., 1:65], "stride": wide.view(1, 2, 140, 66)[:, :, ::2, :64], "last": wide[..., :128:2]}
+    view = views[odd]
+    check(view.copy_(q), k, 0.125)
 
 
 def test_cpu_tensors_take_the_reference():

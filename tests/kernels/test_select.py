@@ -1,0 +1,24 @@
+"""The selection kernel against torch's topk."""
+
+import pytest
+import torch
+
+from minikv_compile.kernels.select import highest_reference, highest_triton
+
+
+@pytest.mark.parametrize("n, count", [(1, 1), (7, 0), (700, 200), (5000, 4999), (9000, 1), (40000, 3000)])
+def test_matches_reference(device, n, count):
+    scores = torch.rand(3, n + 9, device=device)[:, 4 : n + 4]
+    assert torch.equal(highest_triton(scores, count), highest_reference(scores, count))
+
+
+def test_equal_scores(device):
+    """Of equal scores, the first ones."""
+    scores = torch.randint(0, 4, (2, 5000), device=device).float()
+    chosen = highest_triton(scores, 2000)
+    for row, taken in zip(scores, chosen, strict=True):
+        assert (taken.diff() > 0).all()
+        assert torch.equal(row[taken].sort().values, row.topk(2000).values.sort().values)
+        threshold = row[taken].min()
+        at = (row == threshold).nonzero().flatten()
+        assert torch.equal(taken[row[taken] == threshold], at[: (row[taken] == threshold).sum()])
