@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -90,12 +90,14 @@ PURE = {
 that FX's own dead-code pass takes for pure."""
 
 
-def erase_dead(graph: Graph, roots: Iterable[Node]) -> None:
-    """Erase `roots` and what only they used, as far as it is proved dead."""
+def erase_dead(graph: Graph, roots: Iterable[Node], known: Collection[Node] = ()) -> None:
+    """Erase `roots` and what only they used, as far as it is proved dead. `known` write into nothing that is read."""
     pending = [node for node in roots if isinstance(node, Node)]
     while pending:
         node = pending.pop()
-        if compat.is_erased(node) or node.users or node.op == "placeholder" or not is_call(node, *PURE):
+        if compat.is_erased(node) or node.users or node.op == "placeholder":
+            continue
+        if node not in known and not is_call(node, *PURE):
             continue
         pending.extend(node.all_input_nodes)
         graph.erase_node(node)

@@ -21,7 +21,7 @@ from ..tensor import SEQ, KVTensor
 from . import functional
 from .graph import argument, callee, erase_dead, example, is_call, is_getitem, same, shape, size_getter
 from .masks import Predicate, read_mask, reduces_to_padding
-from .sites import NotKept, NotTaken, Site, outputs, read_site, sites_in
+from .sites import NotKept, NotTaken, Site, outputs, read_site, sites_in, where
 
 log = logging.getLogger("minikv")
 minikv = torch.ops.minikv
@@ -107,17 +107,16 @@ class Rewriter:
         skipped = self._skipped(len(calls))
         changes = []
         for layer, call in enumerate(calls):
-            where, kind, reason = call.name, "", ""
+            kind, reason = "", ""
             try:
                 site = read_site(call, layer)
-                where = site.where
                 if layer in skipped:
                     raise NotTaken("listed in skip_layers")
                 kind, change = self._plan(site)
                 changes.append(change)
             except NotTaken as untaken:
                 reason = str(untaken)
-            self.result.sites.append(SiteReport(layer, where, kind, functional.NAME if kind else "", reason))
+            self.result.sites.append(SiteReport(layer, where(call), kind, functional.NAME if kind else "", reason))
         # Only now is it known how many layers share a budget.
         for place, change in enumerate(changes):
             change(place, len(changes))
@@ -153,12 +152,12 @@ class Rewriter:
         for size in (new, shape(key.stored)[SEQ]) if key.past is None else (new,):
             if size_getter(size, self.originals) is None:
                 raise NotTaken(f"its number of tokens, {size}, is no size of an input of the graph")
-        if key.past is None:
-            return "prefill", partial(self._prefill, site, key, value, valid)
         for slot in (key, value):
             reader = other_reader(slot.stored, site.nodes)
             if reader is not None:
-                raise NotTaken(f"its keys or values are also read by {reader.name}")
+                raise NotTaken(f"its keys or values are also read by {where(reader)}")
+        if key.past is None:
+            return "prefill", partial(self._prefill, site, key, value, valid)
         # One check for all layers: the first that is rewritten makes it.
         check, self.checked = (None if valid in self.checked else valid), self.checked | {valid}
         return "decode" if same(new, 1) else "extend", partial(self._decode, site, key, value, check)
@@ -209,7 +208,7 @@ class Rewriter:
                 empty.replace_all_uses_with(slot.new)
                 erase_dead(self.graph, [empty])
         if scores is not None:
-            erase_dead(self.graph, [site.node])
+            erase_dead(self.graph, [site.node], site.nodes)
 
     def _decode(
         self, site: Site, key: functional.Slot, value: functional.Slot, padding: Node | None, place: int, count: int
@@ -234,10 +233,10 @@ class Rewriter:
         for slot in (key, value):
             self._replace_output(slot.stored, Longer(self.originals.index(slot.past), shape(slot.new)[SEQ]))
         self._detach_output()
-        erase_dead(self.graph, [site.node])
+        erase_dead(self.graph, [site.node], site.nodes)
         for slot in (key, value):
             if slot.past.users:
-                raise RewriteError(f"site {site.layer} ({site.where}): {slot.past} is still used after its rewrite")
+                raise RewriteError(f"site {site.layer} ({where(site.node)}): {slot.past} is still used after its rewrite")
 
     # ---- pieces
 

@@ -39,12 +39,12 @@ class Site:
     fused: bool = True
     """Whether it is one call, not attention written out."""
 
-    @property
-    def where(self) -> str:
-        """The module that makes the call, as its qualified name."""
-        stack = self.node.meta.get("nn_module_stack") or {}
-        names = [path for path, _ in stack.values()]
-        return clean_path(names[-1]) if names else self.node.name
+
+def where(node: Node) -> str:
+    """The module that makes a call, as its qualified name."""
+    stack = node.meta.get("nn_module_stack") or {}
+    names = [path for path, _ in stack.values()]
+    return clean_path(names[-1]) if names else node.name
 
 
 def clean_path(path: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .graph import CASTS, argument, example, is_call, shape
+from .graph import CASTS, argument, callee, example, is_call, shape
 
 
 class NotUnderstood(Exception):
@@ -42,7 +42,9 @@ class Unfused:
     """The chain, the last product first."""
 
 
-PRODUCTS = ("matmul", "bmm", "__matmul__")
+PRODUCTS = ("matmul", "bmm")
+# In place too: nobody else reads the logits.
+TIMES, OVER, PLUS = ("mul", "imul", "mul_"), ("truediv", "div", "itruediv", "div_"), ("add", "iadd", "add_")
 MASKED = -1e4
 """What is added to a logit at most this takes its key out of the softmax."""
 
@@ -89,7 +91,7 @@ def read_unfused(node: Node) -> Unfused:
     for before in nodes[1:]:
         reader = next((user for user in before.users if user not in nodes), None)
         if reader is not None:
-            raise NotUnderstood(f"its attention weights are also read by {reader.name}")
+            raise NotUnderstood(f"its attention weights are also read by {callee(reader) or reader.op}")
     return found
 
 
@@ -97,21 +99,21 @@ def _step(node: Node, found: Unfused) -> Node:
     """The logits before `node`: what `node` does to them goes to `found`."""
     if is_call(node, *CASTS):
         return node.args[0]
-    if is_call(node, "mul", "truediv", "div", "__mul__", "__truediv__"):
+    if is_call(node, *TIMES, *OVER):
         left, right = node.args[:2]
         if not isinstance(right, Number):
             left, right = right, left
         if isinstance(right, Number) and not isinstance(right, bool) and isinstance(left, Node):
-            if is_call(node, "mul", "__mul__") or left is node.args[0]:
-                found.scale *= right if is_call(node, "mul", "__mul__") else 1 / right
+            if is_call(node, *TIMES) or left is node.args[0]:
+                found.scale *= right if is_call(node, *TIMES) else 1 / right
                 return left
         raise NotUnderstood("its scale is computed in the graph")
-    if is_call(node, "add", "__add__") and not node.kwargs:
+    if is_call(node, *PLUS) and not node.kwargs:
         left, right = node.args[:2]
         if not _is_logits(left):
             left, right = right, left
         if not _is_logits(left):
-            raise NotUnderstood(f"its logits go through {node.name}")
+            raise NotUnderstood(f"its logits go through {callee(node)}")
         return _masked(found, left, right, False)
     if is_call(node, "masked_fill") and is_very_negative(argument(node, 2, "value")):
         return _masked(found, node.args[0], node.args[1], True)
@@ -123,7 +125,7 @@ def _step(node: Node, found: Unfused) -> Node:
         raise NotUnderstood("its softmax has more logits than keys (attention sinks)")
     if is_call(node, "baddbmm"):
         raise NotUnderstood("a bias is added to its logits by position (ALiBi)")
-    raise NotUnderstood(f"its logits go through {node.name}")
+    raise NotUnderstood(f"its logits go through {callee(node)}")
 
 
 def _before_upcast(node: Node, nodes: list[Node]) -> Node:
@@ -143,7 +145,7 @@ def _masked(found: Unfused, logits: Any, mask: Any, blocks: bool) -> Node:
 
 def _is_logits(node: Any) -> bool:
     """Whether a product of two activations lies behind `node`, through casts, scales and masks."""
-    while isinstance(node, Node) and is_call(node, *CASTS, "mul", "div", "truediv", "add", "sub", "masked_fill", "tanh", "view", "reshape"):
+    while isinstance(node, Node) and is_call(node, *CASTS, *TIMES, *OVER, *PLUS, "sub", "masked_fill", "tanh", "view", "reshape"):
         node = node.args[0]
     return is_call(node, *PRODUCTS, "baddbmm", "einsum")
 
@@ -160,7 +162,7 @@ def _untransposed(node: Node) -> Node:
     order = order[0] if len(order) == 1 else order
     if len(order) == dims == 4 and tuple(d % 4 for d in order) == (0, 1, 3, 2):
         return node.args[0]
-    raise NotUnderstood(f"its keys are not transposed in the graph ({node.name})")
+    raise NotUnderstood(f"its keys are not transposed in the graph ({callee(node)})")
 
 
 def is_very_negative(value: Any) -> bool:
