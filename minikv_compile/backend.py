@@ -92,8 +92,9 @@ class MiniKVBackend:
                 reasons.setdefault(site.reason, site)
         compat.count(rewritten=len(taken), skipped=len(sites) - len(taken))
         log.info(
-            "%d attention sites, %d rewritten (%s), %d left alone", len(sites), len(taken),
-            ", ".join(sorted({site.kind for site in taken})), len(sites) - len(taken),
+            "%d attention sites, %d rewritten (%s), %d left alone; a long cache of those rewritten takes %.1f%% of dense",
+            len(sites), len(taken), ", ".join(sorted({site.kind for site in taken})), len(sites) - len(taken),
+            100 * self.config.share_of_dense,
         )  # fmt: skip
         for reason, site in reasons.items():
             message = f"site {site.layer} ({site.where}) keeps the model's own attention, uncompressed: {reason}"

@@ -129,6 +129,14 @@ class MiniKVConfig:
         return cls(**{**PRESETS[name], **changes})  # type: ignore[arg-type]
 
     @property
+    def share_of_dense(self) -> float:
+        """Bytes of a long prompt's cache, in the long run, as a share of a dense 16-bit one: codes and metadata of what is
+        kept, without window and counters. Budgets in tokens count as everything."""
+        kept = [part if isinstance(part, float) else 1.0 for part in (self.heavy, self.recent)]
+        bits = 16 if self.bits == 16 else self.bits + 2 * 16 / self.group
+        return bits / 16 * (min(sum(kept), 1.0) if self.drops else 1.0)
+
+    @property
     def capacity(self) -> int:
         """Tokens of the dense region of a compressed row: sinks, window and buffer."""
         return self.sinks + self.window + self.buffer

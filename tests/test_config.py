@@ -92,3 +92,9 @@ def test_repr_and_differences_name_what_differs():
     assert repr(MiniKVConfig()) == "MiniKVConfig()"
     assert eval(repr(paper)) == paper
     assert MiniKVConfig(bits=4, window=0).differences(MiniKVConfig()) == "bits: 4 / 2, window: 0 / 64"
+
+
+@pytest.mark.parametrize("preset, share", [("default", 0.15625), ("minikv", 0.125), ("lossless", 1.0)])
+def test_share_of_dense(preset, share):
+    """2 bits and 32 bits of metadata per group, of half the tokens in `minikv`."""
+    assert MiniKVConfig.preset(preset).share_of_dense == share
