@@ -207,9 +207,11 @@ def _additive(condition: Any, there: Any, elsewhere: Any, seen: dict) -> Additiv
 
 
 def _is_zero(x: Any) -> bool:
+    if isinstance(x, Node) and _written(x):
+        return False
     if is_call(x, "tensor", "full"):
         x = argument(x, 0, "data") if is_call(x, "tensor") else argument(x, 1, "fill_value")
-    return is_call(x, "zeros", "zeros_like", "new_zeros") and not _written(x) or (isinstance(x, (int, float)) and x == 0)
+    return is_call(x, "zeros", "zeros_like", "new_zeros") or (isinstance(x, (int, float)) and x == 0)
 
 
 def _triangle(node: Node, name: str, seen: dict) -> Predicate | Additive | None:

@@ -75,8 +75,9 @@ def read_site(node: Node, layer: int) -> Site:
         raise NotTaken("a softmax over keys whose products with queries and values are not recognised")
     else:
         raise NotTaken(f"{callee(node)} is no scaled_dot_product_attention: load the model with attn_implementation='sdpa'")
+    site = replace(site, key=without_repeats(site.key), value=without_repeats(site.value))
     _check_operands(site)
-    return replace(site, key=without_repeats(site.key), value=without_repeats(site.value))
+    return site
 
 
 def _read_call(node: Node, layer: int) -> Site:
@@ -107,6 +108,10 @@ def _check_operands(site: Site) -> None:
     q, k, v = shape(site.query), shape(site.key), shape(site.value)
     if not (len(q) == len(k) == len(v) == 4):
         raise NotTaken(f"operands are {len(q)}-dimensional, not [batch, heads, seq, head_dim]")
+    if not (same(q[0], k[0]) and same(q[0], v[0])):
+        raise NotTaken("one row of keys and values is broadcast over the batch")
+    if not same(k[1], v[1]) or not isinstance(q[1], int) or q[1] % k[1]:
+        raise NotTaken(f"{q[1]} query heads, {k[1]} key heads, {v[1]} value heads: no grouped-query attention")
     if not same(q[3], v[3]):
         raise NotTaken(f"head_dim of keys and values differ ({q[3]} and {v[3]})")
     if not isinstance(q[3], int) or q[3] % 16 or q[3] > 512:

@@ -129,3 +129,31 @@ def test_left_alone(attend, reason):
         torch.testing.assert_close(got, expected)
     assert len(backend.graphs[0]) == 2 and all(reason in site.reason for site in backend.graphs[0]), kinds(backend)
     assert type(past[0][0]) is torch.Tensor
+
+
+def broadcast_values(q, k, v, past):
+    """All keys, but one head of values."""
+    k, _ = repeated(q, k, v)
+    return (q @ k.mT * 0.25).softmax(-1) @ v[:, :1]
+
+
+def test_heads_that_do_not_match_are_left_alone():
+    model, backend, ids = PlainDecoder(broadcast_values), make_backend(), prompt(N)
+    expected, _ = run_plain(model, ids, N)
+    got, _ = run_plain(torch.compile(model, backend=backend), ids, N)
+    torch.testing.assert_close(got, expected)
+    assert not any(site.rewritten for site in backend.graphs[0])
+
+
+def test_multi_query_attention_by_broadcast():
+    def attend(q, k, v, past):
+        logits = q @ k.mT * 0.25
+        if not past:
+            logits = logits + torch.full((q.shape[2], k.shape[2]), float("-inf")).triu(1)
+        return logits.softmax(-1) @ v
+
+    model, backend, ids = PlainDecoder(attend, kv_heads=1), make_backend(), prompt(N + 4)
+    expected, _ = run_plain(model, ids, N)
+    got, _ = run_plain(torch.compile(model, backend=backend), ids, N)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert kinds(backend) == [["prefill"] * 2, ["decode"] * 2]
