@@ -104,10 +104,10 @@ def main(
 
 
 def parse_method(text: str) -> MiniKVConfig:
-    """A preset, with changes to single fields: "default:group=32:window=32"."""
+    """A preset, with changes to single fields: "default:group=32:policy=observation_window"."""
     preset, *changes = text.split(":")
     pairs = (change.split("=") for change in changes)
-    return MiniKVConfig.preset(preset, **{name: value if value.isalpha() else json.loads(value) for name, value in pairs})
+    return MiniKVConfig.preset(preset, **{n: json.loads(v) if v[0] in "-0123456789[" else v for n, v in pairs})
 
 
 def print_table(console: Console, cells: list[dict]) -> None:

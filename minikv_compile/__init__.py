@@ -3,10 +3,11 @@
 from .backend import MiniKVBackend, compile, is_active, minikv_backend
 from .config import ConfigError, MiniKVConfig
 from .packed import PackedInt
+from .policy import Policy
 from .report import cache_report, explain
 from .tensor import KVTensor
 
 __all__ = [
-    "ConfigError", "KVTensor", "MiniKVBackend", "MiniKVConfig", "PackedInt", "cache_report", "compile",
+    "ConfigError", "KVTensor", "MiniKVBackend", "MiniKVConfig", "PackedInt", "Policy", "cache_report", "compile",
     "explain", "is_active", "minikv_backend",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from .kernels.packing import BLOCK, value_group
-from .policy import LAYER_BUDGETS, POLICIES
+from .policy import KEEP_ALL, LAYER_BUDGETS, POLICIES, Policy
 from .rotation import ROTATIONS
 
 PRESETS: dict[str, dict] = {
@@ -51,15 +51,20 @@ class MiniKVConfig:
     """Room for tokens between the window and the next flush, in tokens: a multiple of 128. A flush quantizes whole
     blocks of 128 tokens. (MiniKV's residual length, 128.)"""
     policy: str = "keep_all"
-    """Which prompt tokens are kept: "keep_all", or "heavy_hitter" (MiniKV section 3.1: the highest cumulative scores
-    and the newest tokens)."""
+    """Which prompt tokens are kept: "keep_all", or the name of a `Policy` (policy.py): "heavy_hitter" (MiniKV, H2O),
+    "observation_window" (SnapKV), "recent" (StreamingLLM), "key_norm", "random"; or a `Policy` object of your own."""
+    observed: int = 64
+    """Newest prompt queries whose attention "observation_window" looks at, in tokens (SnapKV section 4)."""
+    pool: int = 7
+    """Neighbours whose highest score counts in "observation_window", in tokens: odd (SnapKV section 4.3)."""
     heavy: float | int = 0.5
     """Heavy-hitter budget, the mean over layers, per KV head: a float is a share of the prompt, an int is tokens."""
     recent: float | int = 0.0
     """Recent budget, the same in every layer: newest prompt tokens that the policy keeps and packs like the heavy
     hitters. A float is a share of the prompt, an int is tokens."""
-    layer_budget: str = "uniform"
-    """How the heavy budget is spread over layers: "uniform" or "pyramid" (MiniKV section 3.2)."""
+    layer_budget: str | tuple[float, ...] = "uniform"
+    """How the heavy budget is spread over layers: "uniform", "pyramid" (MiniKV section 3.2), or each layer's share,
+    relative to the others'."""
     pyramid_depth: float = 7.0
     """Pyramid: the last layer's heavy budget is the mean divided by this; the first layer's makes the mean come out
     (MiniKV's delta; 1 is uniform)."""
@@ -96,10 +101,22 @@ class MiniKVConfig:
             count(self.buffer) and self.buffer >= BLOCK and self.buffer % BLOCK == 0,
             "buffer", f"a positive multiple of {BLOCK} tokens",
         )  # fmt: skip
-        check(self.policy in list(POLICIES), "policy", f"one of {', '.join(POLICIES)}")
+        if isinstance(self.policy, Policy):
+            POLICIES[self.policy.name] = self.policy
+            object.__setattr__(self, "policy", self.policy.name)
+        check(self.policy in list(POLICIES), "policy", f"one of {', '.join(POLICIES)}, or a Policy")
+        check(count(self.observed) and self.observed > 0, "observed", "a positive number of tokens")
+        check(count(self.pool) and self.pool % 2 == 1, "pool", "an odd number of tokens")
         check(share(self.heavy), "heavy", "a share of the prompt in [0.0, 1.0] or a number of tokens")
         check(share(self.recent), "recent", "a share of the prompt in [0.0, 1.0] or a number of tokens")
-        check(self.layer_budget in list(LAYER_BUDGETS), "layer_budget", f"one of {', '.join(LAYER_BUDGETS)}")
+        if isinstance(self.layer_budget, list):
+            object.__setattr__(self, "layer_budget", tuple(self.layer_budget))
+        shares = self.layer_budget if isinstance(self.layer_budget, tuple) else ()
+        check(
+            all(type(share) in (int, float) and share >= 0 for share in shares) and sum(shares) > 0
+            if shares else self.layer_budget in list(LAYER_BUDGETS),
+            "layer_budget", f"one of {', '.join(LAYER_BUDGETS)}, or each layer's share",
+        )  # fmt: skip
         check(type(self.pyramid_depth) in (int, float) and self.pyramid_depth >= 1, "pyramid_depth", "at least 1")
         check(
             all(isinstance(layer, int) and not isinstance(layer, bool) for layer in self.skip_layers),
@@ -108,7 +125,7 @@ class MiniKVConfig:
         check(count(self.min_prompt), "min_prompt", "a number of tokens, 0 or more")
         check(isinstance(self.strict, bool), "strict", "True or False")
         check(
-            not (self.bits == 16 and self.policy != "keep_all"),
+            not (self.bits == 16 and self.policy != KEEP_ALL),
             "policy", '"keep_all" when bits is 16',
         )  # fmt: skip
 
@@ -144,7 +161,13 @@ class MiniKVConfig:
     @property
     def drops(self) -> bool:
         """Whether prompt tokens can be dropped."""
-        return self.policy != "keep_all"
+        return self.policy != KEEP_ALL
+
+    @property
+    def observed_queries(self) -> int | None:
+        """How many of the newest queries the policy observes: 0 for all, None if it observes nothing."""
+        policy = POLICIES[self.policy]
+        return {"all": 0, "last": self.observed, "nothing": None}[policy.observes] if policy else None
 
     def value_group(self, head_dim: int) -> int:
         """Channels that share a value's scale and zero."""

@@ -14,7 +14,7 @@ from . import compat
 from .config import MiniKVConfig
 from .kernels import attention, compress, packing, prefill, scores
 from .kernels.packing import BLOCK, metadata_dtype, words
-from .policy import select
+from .policy import Prompt, select
 from .rotation import rotation_matrix
 
 ROLES = ("key", "value")
@@ -75,14 +75,14 @@ def take_tokens(x: Tensor, order: Tensor) -> Tensor:
 @custom_op("minikv::prefill_attention", mutates_args=())
 @without_autocast
 def prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, lengths: Tensor | None, scale: float, scored: bool
+    q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, lengths: Tensor | None, scale: float, observed: int | None
 ) -> tuple[Tensor, Tensor]:
     """Causal attention in memory linear in `seq`, and its column scores.
 
     Args:
         q: [batch, heads, seq, head_dim]; k, v: [batch, kv_heads, seq, head_dim].
         order, lengths: of `align_rows`; None for no padding. Outputs at padding are finite and otherwise unspecified.
-        scored: whether scores are wanted.
+        observed: how many of each row's newest queries count in the scores: 0 for all, None for no scores.
 
     Returns:
         out like `q`; scores fp32 [batch, kv_heads, seq], each row's valid tokens first, or an empty tensor.
@@ -91,9 +91,9 @@ def prefill_attention(
     if padded:
         # With the valid tokens first, causality alone masks the padding: no [seq, seq] mask.
         q, k, v = (take_tokens(x, order) for x in (q, k, v))
-    if scored:
+    if observed is not None:
         out, lse = prefill.causal_attention_lse(q, k, v, scale)
-        columns = scores.column_scores(q, k, lse, scale, lengths.to(q.device) if padded else None)
+        columns = scores.column_scores(q, k, lse, scale, lengths.to(q.device) if padded else None, observed or None)
     else:
         out, columns = prefill.causal_attention(q, k, v, scale), q.new_empty(0, dtype=torch.float32)
     if padded:
@@ -102,8 +102,8 @@ def prefill_attention(
 
 
 @prefill_attention.register_fake
-def _(q, k, v, order, lengths, scale, scored):
-    shape = (k.shape[0], k.shape[1], k.shape[2]) if scored else (0,)
+def _(q, k, v, order, lengths, scale, observed):
+    shape = (0,) if observed is None else (k.shape[0], k.shape[1], k.shape[2])
     return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
 
 
@@ -144,7 +144,7 @@ def compress_prompt(
 
     Args:
         k, v: [batch, kv_heads, seq, head_dim], any strides.
-        scores: fp32 [batch, kv_heads, seq], each row's valid tokens first; None where the policy keeps all.
+        scores: fp32 [batch, kv_heads, seq], each row's valid tokens first; None where the policy observes nothing.
         order, lengths: of `align_rows`; None for no padding.
         config: `MiniKVConfig.to_json()`.
 
@@ -165,7 +165,11 @@ def compress_prompt(
     whole = settings.bits == 16 or seq < settings.min_prompt
     index = order if order is None else order[:, None].expand(-1, heads, -1)
     if settings.drops and not whole:
-        rows = select(scores, row_lengths, layer, layers, settings)
+        prompts = [
+            Prompt(n, layer, None if scores is None else scores[b, :, :n], k[b], v[b], None if order is None else order[b])
+            for b, n in enumerate(row_lengths)
+        ]
+        rows = select(prompts, layer, layers, settings)
         counts = [row.shape[-1] for row in rows]
         index = rows[0].new_zeros(batch, heads, max(counts))
         for target, row in zip(index, rows, strict=True):

@@ -1,11 +1,16 @@
-"""Policies: scores -> which prompt tokens each layer keeps."""
+"""Policies: what a prompt token is worth, and which prompt tokens each layer keeps.
+
+A policy of your own is a `Policy` with a `score`; `MiniKVConfig(policy=Mine())` takes it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.packing import BLOCK
@@ -22,7 +27,7 @@ def uniform(depth: float, layers: int) -> list[float]:
 
 def pyramid(depth: float, layers: int) -> list[float]:
     """MiniKV's pyramid (section 3.2): relative budgets from `2 - 1 / depth` in the first layer down to `1 / depth` in
-    the last, linear between, mean 1."""
+    the last, linear between, mean 1. (PyramidKV, arXiv 2406.02069, is the same with its beta, 20, as the depth.)"""
     last = 1 / depth
     first = 2 - last
     return [first + (last - first) * i / max(layers - 1, 1) if layers > 1 else 1.0 for i in range(layers)]
@@ -64,47 +69,143 @@ def layer_budgets(total: int, shares: Sequence[float], limit: int) -> list[int]:
     return budgets
 
 
-def heavy_hitter(scores: Tensor, length: int, layer: int, layers: int, config: MiniKVConfig) -> Tensor:
+def layer_shares(config: MiniKVConfig, layers: int) -> Sequence[float]:
+    """Each layer's budget relative to the others'.
+
+    Raises:
+        ValueError: an explicit list for another number of layers.
+    """
+    if isinstance(config.layer_budget, str):
+        return LAYER_BUDGETS[config.layer_budget](config.pyramid_depth, layers)
+    if len(config.layer_budget) != layers:
+        raise ValueError(f"MiniKVConfig.layer_budget has {len(config.layer_budget)} shares, the model {layers} layers.")
+    return config.layer_budget
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row's valid prompt tokens, n of them, in one layer."""
+
+    n: int
+    layer: int
+    attention: Tensor | None
+    """fp32 [kv_heads, n]: attention probabilities summed over the queries that the policy observes and over the query
+    heads of each KV head; None for a policy that observes nothing."""
+    _keys: Tensor
+    _values: Tensor
+    _order: Tensor | None
+
+    @property
+    def keys(self) -> Tensor:
+        """[kv_heads, n, head_dim], after rotary embedding."""
+        return self._tokens(self._keys)
+
+    @property
+    def values(self) -> Tensor:
+        """[kv_heads, n, head_dim]."""
+        return self._tokens(self._values)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        return x[:, : self.n] if self._order is None else x[:, self._order[: self.n]]
+
+
+class Policy:
+    """What a prompt token is worth. Sinks and the newest `recent` tokens are kept in any case; of the others each KV head
+    of a layer keeps its `heavy` budget of those with the highest scores."""
+
+    name: ClassVar[str]
+    observes: ClassVar[str] = "nothing"
+    """Whose attention `Prompt.attention` sums: "all" queries, the "last" `MiniKVConfig.observed` ones, or "nothing"."""
+
+    def score(self, prompt: Prompt, config: MiniKVConfig) -> Tensor:
+        """fp32 [kv_heads, n], none negative."""
+        raise NotImplementedError
+
+
+class HeavyHitter(Policy):
+    """Cumulative attention (H2O, arXiv 2306.14048; MiniKV section 3.1)."""
+
+    name, observes = "heavy_hitter", "all"
+
+    def score(self, prompt: Prompt, config: MiniKVConfig) -> Tensor:
+        return prompt.attention
+
+
+class ObservationWindow(Policy):
+    """Attention of the newest queries, the highest of `pool` neighbours: facts are kept whole (SnapKV, arXiv 2404.14469,
+    section 4). What no question in the prompt asks for is lost."""
+
+    name, observes = "observation_window", "last"
+
+    def score(self, prompt: Prompt, config: MiniKVConfig) -> Tensor:
+        return F.max_pool1d(prompt.attention[None], config.pool, stride=1, padding=config.pool // 2)[0]
+
+
+class Recent(Policy):
+    """Nothing but sinks and the newest tokens (StreamingLLM, arXiv 2309.17453)."""
+
+    name = "recent"
+
+    def score(self, prompt: Prompt, config: MiniKVConfig) -> Tensor:
+        position = torch.arange(prompt.n, dtype=torch.float32, device=prompt.keys.device)
+        return position.expand(prompt.keys.shape[0], -1)
+
+
+class KeyNorm(Policy):
+    """Keys of a small norm get much attention (arXiv 2406.11430)."""
+
+    name = "key_norm"
+
+    def score(self, prompt: Prompt, config: MiniKVConfig) -> Tensor:
+        norm = prompt.keys.float().norm(dim=-1)
+        return norm.amax(-1, keepdim=True) - norm
+
+
+class Random(Policy):
+    """The control: the same tokens in every run, others in every layer."""
+
+    name = "random"
+
+    def score(self, prompt: Prompt, config: MiniKVConfig) -> Tensor:
+        device = prompt.keys.device
+        generator = torch.Generator(device).manual_seed(prompt.layer)
+        return torch.rand(prompt.keys.shape[:2], device=device, generator=generator)
+
+
+KEEP_ALL = "keep_all"
+POLICIES: dict[str, Policy | None] = {
+    KEEP_ALL: None,
+    **{policy.name: policy for policy in (HeavyHitter(), ObservationWindow(), Recent(), KeyNorm(), Random())},
+}
+"""By name; None keeps all."""
+
+
+def within_budget(scores: Tensor, length: int, layer: int, layers: int, config: MiniKVConfig) -> Tensor:
     """Sinks, the newest `recent` tokens and, of the rest, the `heavy` tokens with the highest scores.
 
-    (H2O, arXiv 2306.14048; MiniKV section 3.1.) Each KV head chooses its own heavy hitters, by scores summed over its
-    query heads.
+    Args:
+        scores: fp32 [kv_heads, at least `length`], none negative. What lies past `length` is padding.
+
+    Returns:
+        int64 [kv_heads, kept], ascending, below `length`.
     """
     recent = in_tokens(config.recent, length)
     sinks = min(config.sinks, length - recent)
-    shares = LAYER_BUDGETS[config.layer_budget](config.pyramid_depth, layers)
     limit = length - recent - sinks
-    heavy = layer_budgets(in_tokens(config.heavy, length) * layers, shares, limit)[layer]
+    heavy = layer_budgets(in_tokens(config.heavy, length) * layers, layer_shares(config, layers), limit)[layer]
     chosen = highest(scores[:, sinks : length - recent], heavy) + sinks
     position = torch.arange(length, device=scores.device).expand(scores.shape[0], -1)
     return torch.cat([position[:, :sinks], chosen, position[:, length - recent :]], -1)
 
 
-POLICIES: dict[str, Callable[[Tensor, int, int, int, MiniKVConfig], Tensor] | None] = {
-    "keep_all": None,
-    "heavy_hitter": heavy_hitter,
-}
-"""`policy(scores [kv_heads, seq], length, layer, layers, config) -> index`: the kept tokens of one row of the batch,
-int64 [kv_heads, kept], ascending, below `length`. Tokens at and past `length` are padding. None keeps all and needs no
-scores."""
-
-
-def select(scores: Tensor, lengths: Sequence[int], layer: int, layers: int, config: MiniKVConfig) -> list[Tensor]:
-    """The prompt tokens that `layer` of `layers` keeps.
-
-    Args:
-        scores: fp32 [batch, kv_heads, seq], each row's valid tokens first.
-        lengths: valid tokens of each row.
-
-    Returns:
-        for each row, int64 [kv_heads, kept], ascending.
-    """
+def select(prompts: Sequence[Prompt], layer: int, layers: int, config: MiniKVConfig) -> list[Tensor]:
+    """The prompt tokens that layer number `layer` of `layers` keeps: for each row, int64 [kv_heads, kept], ascending."""
     policy = POLICIES[config.policy]
     assert policy is not None, "a policy that keeps all selects nothing"
 
-    def row(scores: Tensor, n: int) -> Tensor:
-        if n < config.sinks + config.window + BLOCK:  # nothing of it will be packed: dropping would save no byte
-            return torch.arange(n, device=scores.device).expand(scores.shape[0], -1)
-        return policy(scores, n, layer, layers, config)
+    def row(prompt: Prompt) -> Tensor:
+        if prompt.n < config.sinks + config.window + BLOCK:  # nothing of it will be packed: dropping would save no byte
+            return torch.arange(prompt.n, device=prompt.keys.device).expand(prompt.keys.shape[0], -1)
+        return within_budget(policy.score(prompt, config), prompt.n, layer, layers, config)
 
-    return [row(*pair) for pair in zip(scores, lengths, strict=True)]
+    return [row(prompt) for prompt in prompts]

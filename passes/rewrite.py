@@ -186,17 +186,17 @@ class Rewriter:
     def _prefill(
         self, site: Site, key: functional.Slot, value: functional.Slot, padding: Node | None, place: int, count: int
     ) -> None:
-        scored = self.config.drops
+        observed = self.config.observed_queries
         rows = (None, None) if padding is None else self._aligned(padding, key.new, site.node)
         scores = None
-        if scored or padding is not None or not site.fused:  # attention written out needs memory of seq * seq
+        if observed is not None or padding is not None or not site.fused:  # attention written out needs memory of seq * seq
             with self.graph.inserting_before(site.node):
-                args = (site.query, key.new, value.new, *rows, site.scale, scored)
+                args = (site.query, key.new, value.new, *rows, site.scale, observed)
                 out, scores = self._call(minikv.prefill_attention.default, args, 2)
             site.node.replace_all_uses_with(out)
         with self.graph.inserting_after(site.node if scores is None else scores):
             arguments = (
-                key.new, value.new, scores if scored else None, *rows, place, count, self.config.to_json(),
+                key.new, value.new, None if observed is None else scores, *rows, place, count, self.config.to_json(),
             )  # fmt: skip
             names = ops.fields(self.config, padding is not None)
             made = self._call(minikv.compress.default, arguments, 2 * len(names))

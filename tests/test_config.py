@@ -8,17 +8,19 @@ import pytest
 from minikv_compile import ConfigError, MiniKVConfig
 
 WRONG = {
-    "bits": [0, 1, 3, 5, 32, "2", None],
-    "group": [0, 8, 48, 256, "64"],
+    "bits": [0, 1, 3, 5, 32, 2.0, "2", None],
+    "group": [0, 8, 48, 256, 64.0, "64"],
     "clip": [0, 0.0, -0.5, 1.01, 2, math.nan, "1"],
     "rotation": ["Hadamard", "", None],
     "sinks": [-1, 1.5, True, None],
     "window": [-1, 0.5, "64"],
     "buffer": [0, -128, 64, 200, 128.0],
-    "policy": ["h2o", "", None],
+    "policy": ["h2o", "", ["keep_all"], 3, None],
+    "observed": [0, -1, 2.0, None],
+    "pool": [0, 4, -1, 7.0, None],
     "heavy": [-0.1, 1.1, -1, math.nan, math.inf, True, "half", None],
     "recent": [-0.1, 1.1, -1, math.nan, False, None],
-    "layer_budget": ["cone", None],
+    "layer_budget": ["cone", (), (-1.0, 2.0), (0, 0), ("1",), None],
     "pyramid_depth": [0, 0.5, -1, math.nan, "7", None],
     "skip_layers": [(1.0,), ("0",), (True,), (None,)],
     "min_prompt": [-1, 2.0, None],

@@ -10,7 +10,7 @@ from minikv_compile import KVTensor, MiniKVConfig
 from minikv_compile.kernels.packing import BLOCK
 from minikv_compile.kernels.scores import column_scores_reference
 from minikv_compile.ops import fields
-from minikv_compile.policy import select
+from minikv_compile.policy import within_budget
 from minikv_compile.rotation import hadamard, rotation_matrix
 
 minikv = torch.ops.minikv
@@ -55,12 +55,12 @@ def test_opcheck_align_rows():
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("observed", [None, 0, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck_prefill_attention(padded, scored, dtype):
+def test_opcheck_prefill_attention(padded, observed, dtype):
     q, k, v = (torch.randn(2, heads, 20, 16, dtype=dtype) for heads in (4, 2, 2))
     rows = minikv.align_rows(left_padding([20, 4], 20)) if padded else (None, None)
-    opcheck(minikv.prefill_attention, q, k, v, *rows, 0.25, scored)
+    opcheck(minikv.prefill_attention, q, k, v, *rows, 0.25, observed)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -175,10 +175,10 @@ def test_decode_is_attention_over_what_dequantize_gives(
 
 @settings(max_examples=30)
 @given(
-    seq=st.integers(1, 90), ratio=st.integers(1, 4), kv_heads=st.integers(1, 2), scored=st.booleans(),
+    seq=st.integers(1, 90), ratio=st.integers(1, 4), kv_heads=st.integers(1, 2), observed=st.sampled_from([None, 0, 7]),
     padding=st.sampled_from(["none", "left", "right", "anywhere"]), fill=st.floats(0, 1), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_prefill_attention_row_by_row(seq, ratio, kv_heads, scored, padding, fill, seed):
+def test_prefill_attention_row_by_row(seq, ratio, kv_heads, observed, padding, fill, seed):
     torch.manual_seed(seed)
     q, k, v = (torch.randn(2, heads, seq, 16) for heads in (kv_heads * ratio, kv_heads, kv_heads))
     count = max(1, round(fill * seq)) if padding != "none" else seq
@@ -189,7 +189,7 @@ def test_prefill_attention_row_by_row(seq, ratio, kv_heads, scored, padding, fil
     rows = (None, None) if padding == "none" else minikv.align_rows(valid)
     q[1, :, ~valid[1]] = 1e4  # padding that would win, if it took part
     k[1, :, ~valid[1]] = 1e4
-    out, scores = minikv.prefill_attention(q, k, v, *rows, 0.25, scored)
+    out, scores = minikv.prefill_attention(q, k, v, *rows, 0.25, observed)
     assert out.isfinite().all() and out.is_contiguous()
     for row in range(2):
         own = valid[row]
@@ -198,11 +198,11 @@ def test_prefill_attention_row_by_row(seq, ratio, kv_heads, scored, padding, fil
             *(x[row : row + 1, :, own] for x in (q, k, v)), torch.ones(n, n, dtype=torch.bool).tril(), 0.25
         )
         torch.testing.assert_close(out[row : row + 1, :, own].double(), expected, rtol=1e-5, atol=1e-5)
-        if scored:
-            columns = maps.sum(2).unflatten(1, (kv_heads, ratio)).sum(2)[0]
+        if observed is not None:
+            columns = maps[:, :, -observed:].sum(2).unflatten(1, (kv_heads, ratio)).sum(2)[0]
             torch.testing.assert_close(scores[row, :, :n].double(), columns, rtol=1e-3, atol=1e-5)
             assert not scores[row, :, n:].any()
-    assert scored or scores.numel() == 0
+    assert observed is not None or scores.numel() == 0
 
 
 @pytest.mark.parametrize("seq", [1, 255, 256, 257, 600])
@@ -270,7 +270,9 @@ def test_compress_by_hand(config, dim, padded):
     k, v = torch.randn(2, 2, 2, seq, dim)
     scores = torch.rand(2, 2, seq)
     kv = compress(config, k, v, scores if config.drops else None, valid if padded else None, layer, layers)
-    chosen = select(scores, lengths, layer, layers, config) if config.drops else None
+    chosen = None
+    if config.drops:
+        chosen = [within_budget(row, n, layer, layers, config) for row, n in zip(scores, lengths, strict=True)]
     for x, held in zip((k, v), kv, strict=True):
         dense, mask = held.dequantize(), held.kept_mask()
         for row in range(2):

@@ -5,8 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minikv_compile import MiniKVConfig
-from minikv_compile.policy import heavy_hitter, in_tokens, layer_budgets, pyramid, uniform
+from minikv_compile import MiniKVConfig, cache_report
+from minikv_compile.policy import POLICIES, Policy, Prompt, in_tokens, layer_budgets, pyramid, uniform, within_budget
+
+from .helpers import compiled, greedy, make_backend, prompt, tiny
 
 SHARES = st.one_of(
     st.builds(pyramid, st.floats(1, 50), st.integers(1, 40)),
@@ -83,9 +85,9 @@ def selections(draw):
 
 
 @given(selections())
-def test_heavy_hitter(case):
+def test_within_budget(case):
     scores, length, layer, layers, config = case
-    index = heavy_hitter(scores, length, layer, layers, config)
+    index = within_budget(scores, length, layer, layers, config)
     assert index.dtype == torch.int64 and index.shape[0] == scores.shape[0]
     recent = in_tokens(config.recent, length)
     sinks = min(config.sinks, length - recent)
@@ -102,7 +104,7 @@ def test_heavy_hitter(case):
 @given(selections())
 def test_the_layers_together_keep_the_whole_budget(case):
     scores, length, _, layers, config = case
-    kept = [heavy_hitter(scores, length, layer, layers, config).shape[1] for layer in range(layers)]
+    kept = [within_budget(scores, length, layer, layers, config).shape[1] for layer in range(layers)]
     recent = in_tokens(config.recent, length)
     sinks = min(config.sinks, length - recent)
     room = length - recent - sinks
@@ -114,6 +116,88 @@ def test_each_kv_head_and_each_row_chooses_for_itself():
     scores = torch.zeros(2, 2, 10)
     scores[0, 0, [3, 5]], scores[0, 1, [4, 6]], scores[1, :, [2, 3]] = 1.0, 1.0, 1.0
     scores[1, :, 6:] = 9.0  # padding
-    first, second = (heavy_hitter(row, n, 0, 1, config) for row, n in zip(scores, [10, 6], strict=True))
+    first, second = (within_budget(row, n, 0, 1, config) for row, n in zip(scores, [10, 6], strict=True))
     assert first.tolist() == [[0, 3, 5, 9], [0, 4, 6, 9]]
     assert second.tolist() == [[0, 2, 3, 5]] * 2
+
+
+EVICTING = [name for name, policy in POLICIES.items() if policy]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+@pytest.mark.parametrize("padding", [0, 100])
+@pytest.mark.parametrize("name", EVICTING)
+def test_every_policy_keeps_its_budget(name, padding, architecture):
+    model, ids = tiny(architecture), prompt(600, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    backend = make_backend("default", policy=name, heavy=100, recent=60, sinks=4)
+    cache = greedy(compiled(model, backend), ids, new=3, attention_mask=mask).past_key_values
+    for layer in cache.layers:
+        kept = layer.keys.kept_mask()
+        assert (kept[:, :, :600].sum(-1) == 164).all() and kept[:, :, -62:].all()
+        assert not kept[0, :, :padding].any()
+    assert all(layer.compressed for layer in cache_report(cache).layers)
+
+
+def kept_of(name, **changes):
+    model, ids = tiny(), prompt(600)
+    backend = make_backend("default", policy=name, heavy=100, recent=60, **changes)
+    cache = greedy(compiled(model, backend), ids, new=1).past_key_values
+    return model, ids, [layer.keys.kept_mask()[0] for layer in cache.layers]
+
+
+def test_recent_is_sinks_and_the_newest():
+    _, _, masks = kept_of("recent")
+    expected = torch.ones(600, dtype=torch.bool)
+    expected[4:440] = False
+    assert all(torch.equal(mask, expected.expand_as(mask)) for mask in masks)
+
+
+def test_key_norm_keeps_small_keys():
+    model, ids, masks = kept_of("key_norm")
+    plain = tiny()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        keys = plain(ids, use_cache=True).past_key_values.layers[0].keys[0]
+    norm = keys.norm(dim=-1)[:, 4:540]
+    for head in range(2):
+        kept = masks[0][head, 4:540]
+        assert norm[head, kept].max() <= norm[head, ~kept].min()
+
+
+def test_observation_window_sees_what_the_last_queries_ask_for():
+    """The score of a token is that of its best neighbour."""
+    prompt_ = Prompt(9, 0, torch.tensor([[0.0, 0, 0, 5, 0, 0, 0, 1, 0]]), torch.zeros(1, 9, 4), torch.zeros(1, 9, 4), None)
+    score = POLICIES["observation_window"].score(prompt_, MiniKVConfig(pool=3))
+    assert score.tolist() == [[0, 0, 5, 5, 5, 0, 1, 1, 1]]
+
+
+def test_random_differs_by_layer_not_by_run():
+    masks, again = kept_of("random")[2], kept_of("random")[2]
+    assert all(map(torch.equal, masks, again)) and not torch.equal(masks[0], masks[1])
+
+
+class EverySecond(Policy):
+    """A user's own."""
+
+    name = "every_second"
+
+    def score(self, prompt, config):
+        assert prompt.keys.shape == prompt.values.shape == (2, prompt.n, 16)
+        return (torch.arange(prompt.n) % 2).float().expand(2, -1)
+
+
+def test_a_policy_of_ones_own():
+    _, _, masks = kept_of(EverySecond(), sinks=0)
+    assert masks[0][0, :540].nonzero().flatten().remainder(2).all()
+    config = MiniKVConfig(policy=EverySecond())
+    assert config.policy == "every_second" and MiniKVConfig.from_json(config.to_json()) == config
+    del POLICIES["every_second"]
+
+
+def test_explicit_layer_budgets():
+    _, _, masks = kept_of("heavy_hitter", layer_budget=[3, 1])
+    assert [int(mask[0].sum()) for mask in masks] == [150 + 64, 50 + 64]
+    with pytest.raises(Exception, match="layer_budget has 3 shares, the model 2 layers"):
+        kept_of("heavy_hitter", layer_budget=(3.0, 1.0, 1.0))
