@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -590,7 +591,27 @@ def _merge_kernel(
     BLOCK: tl.constexpr, MERGED: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, ROTATE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: COLUMNS channels of MERGED query rows. out = (tier @ R^T + dense) / sum of weights."""
+    """One program: COLUMNS channels of MERGED query rows."""
+    out, row, channel = _merged(
+        PARTS, STATE, ROTATION, batch, length, programs, slots, KV_HEADS, RATIO, NEW, D, DP, ROWS, TILES, BATCH, UNIT,
+        HAS_TIER, BLOCK, MERGED, COLUMNS, STEP, ROTATE, PDL,
+    )  # fmt: skip
+    real = row < batch * (KV_HEADS * RATIO * NEW)
+    target = RESULT + _row_offset(row, KV_HEADS * RATIO, NEW, stride_ob, stride_oh, stride_on)
+    out = round_to(out, RESULT.dtype.element_ty)
+    tl.store(target[:, None] + channel[None, :], out, mask=real[:, None] & (channel < D)[None, :])
+
+
+@triton.jit
+def _merged(
+    PARTS, STATE, ROTATION, batch, length, programs, slots,
+    KV_HEADS: tl.constexpr, RATIO: tl.constexpr, NEW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, BATCH: tl.constexpr, UNIT: tl.constexpr, HAS_TIER: tl.constexpr,
+    BLOCK: tl.constexpr, MERGED: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, ROTATE: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """(fp32 [MERGED, COLUMNS], its rows, its channels): (tier @ R^T + dense) / sum of weights. Whoever calls it stores
+    it: Inductor's template with what it has fused behind."""
     ITEMS: tl.constexpr = KV_HEADS * TILES
     SLOT: tl.constexpr = ROWS * (D + 4)
     row = tl.program_id(0) * MERGED + tl.arange(0, MERGED)
@@ -651,9 +672,7 @@ def _merge_kernel(
     else:
         for i in range(0, tl.max(count, 0), STEP):
             out, m, total = _add_parts(out, m, total, place, i, count, channel, D, SLOT, STEP)
-    out = round_to(out / tl.where(real, total, 1.0)[:, None], RESULT.dtype.element_ty)
-    target = RESULT + _row_offset(row, KV_HEADS * RATIO, NEW, stride_ob, stride_oh, stride_on)
-    tl.store(target[:, None] + channel[None, :], out, mask=real[:, None] & (channel < D)[None, :])
+    return out / tl.where(real, total, 1.0)[:, None], row, channel
 
 
 @functools.cache
@@ -668,6 +687,78 @@ def _device_properties(device: torch.device) -> tuple[int, bool]:
 def block_bytes(dim: int, bits: int, k_group: int, v_group: int) -> float:
     """Of one tier block, keys and values."""
     return BLOCK * dim * (bits / 4 + 4 / k_group + 4 / v_group)
+
+
+MERGE_WARPS = 8
+
+
+@dataclass(frozen=True)
+class Launches:
+    """What the three launches need besides tensors, lengths, capacities and strides: shared by `attend_triton` and
+    Inductor's templates (`minikv_compile.lowering`)."""
+
+    rows: int
+    """Query rows, of all heads and batch rows."""
+    items: int
+    programs: int
+    """Of split, at most."""
+    slots: int
+    """Of parts, enough for so many programs."""
+    rotated: int
+    """Programs of prepare that rotate q."""
+    prepare_grid: tuple[int, int]
+    merge_grid: tuple[int, int]
+    tier_dtype: torch.dtype
+    """Of q where it meets the tier."""
+    sizes: dict[str, int]
+    """Constants of all kernels; then those of split and merge, and of each."""
+    line: dict[str, int]
+    prepare: dict[str, int]
+    split: dict[str, object]
+    merge: dict[str, int]
+    stages: int
+    registers: int | None
+    pdl: bool
+
+    @property
+    def q_tier_shape(self) -> tuple[int, int]:
+        return self.rows, self.sizes["DP"]
+
+    @property
+    def parts_shape(self) -> tuple[int, int, int, int]:
+        return 2, self.slots, self.line["ROWS"], self.sizes["D"] + 4
+
+
+def launches(
+    batch: int, heads: int, n: int, dim: int, kv_heads: int, dtype: torch.dtype, tier: bool, bits: int, k_group: int,
+    k_axis: GroupAxis, v_group: int, rotate: bool, device: torch.device, tuning: AttendTuning | None = None,
+) -> Launches:  # fmt: skip
+    """The launches for so many queries; `tier`: whether there is one."""
+    padded, ratio = triton.next_power_of_2(dim), heads // kv_heads
+    if tuning is None:
+        tuning = attend_tuning(padded, dtype.itemsize, block_bytes(dim, bits, k_group, v_group) if tier else 0)
+    row_tile = min(tuning.rows, max(tuning.min_rows, triton.next_power_of_2(ratio * n)))
+    tiles = triton.cdiv(ratio * n, row_tile)
+    items, rows = batch * kv_heads * tiles, batch * heads * n
+    multiprocessors, pdl = _device_properties(device)
+    programs = multiprocessors * tuning.programs
+    merged, columns, step = merge_tuning(rows, tuning)
+    rotated = triton.cdiv(rows, 16) if tier else 0
+    return Launches(
+        rows=rows, items=items, programs=programs, slots=programs + items, rotated=rotated,
+        prepare_grid=(rotated + triton.cdiv(batch * kv_heads * n, 16), triton.cdiv(padded, tuning.prepare_columns)),
+        merge_grid=(triton.cdiv(rows, merged), triton.cdiv(padded, columns)),
+        tier_dtype=torch.float32 if dtype == torch.float32 else torch.float16,
+        sizes=dict(KV_HEADS=kv_heads, RATIO=ratio, NEW=n, D=dim, DP=padded, PDL=pdl),
+        line=dict(ROWS=row_tile, TILES=tiles, BATCH=triton.next_power_of_2(batch), UNIT=tuning.unit, HAS_TIER=tier,
+                  BLOCK=BLOCK),
+        prepare=dict(ROWS=16, COLUMNS=min(padded, tuning.prepare_columns), ROTATE=rotate),
+        split=dict(BITS=bits, K_GROUP=k_group, K_TOKEN_AXIS=k_axis == "token", V_GROUP=v_group, WORDS=words(bits),
+                   SLICES=WORD_BITS // bits, CHUNKS=tuple(value_chunks(dim)), DENSE_OPERAND=operand_dtype(dtype),
+                   PRECISION=dot_precision(dtype)),
+        merge=dict(MERGED=merged, COLUMNS=min(padded, columns), STEP=step, ROTATE=rotate),
+        stages=tuning.stages, registers=tuning.registers, pdl=pdl,
+    )  # fmt: skip
 
 
 def attend_triton(
@@ -697,46 +788,33 @@ def attend_triton(
     q, k_new, v_new = unit_last(q), unit_last(k_new), unit_last(v_new)
     batch, heads, n, dim = q.shape
     kv_heads, dense_capacity = k_dense.shape[1:3]
-    ratio, padded = heads // kv_heads, triton.next_power_of_2(dim)
-    tuning = tuning or attend_tuning(padded, q.element_size(), block_bytes(dim, bits, k_group, v_group) if tier else 0)
-    row_tile = min(tuning.rows, max(tuning.min_rows, triton.next_power_of_2(ratio * n)))
-    tiles = triton.cdiv(ratio * n, row_tile)
-    items, rows = batch * kv_heads * tiles, batch * heads * n
+    rotate = rotation is not None and bool(tier)
+    to = launches(batch, heads, n, dim, kv_heads, q.dtype, bool(tier), bits, k_group, k_axis, v_group, rotate, q.device,
+                  tuning)  # fmt: skip
     capacity = tier[0].shape[2] if tier else 0
-    multiprocessors, pdl = _device_properties(q.device)
     # From capacities, never from lengths, which are on the device.
-    programs = min(multiprocessors * tuning.programs, items * (triton.cdiv(dense_capacity, tuning.unit) + capacity))
-    slots = programs + items
-    merged, columns, step = merge_tuning(rows, tuning)
+    units = to.items * (triton.cdiv(dense_capacity, to.line["UNIT"]) + capacity)
+    programs = min(to.programs, units)
 
-    tier_dtype = torch.float32 if q.dtype == torch.float32 else torch.float16
-    q_tier = torch.empty(rows, padded, dtype=tier_dtype, device=q.device)
-    factor = torch.empty(rows, dtype=torch.float32, device=q.device)
-    parts = torch.empty(2, slots, row_tile, dim + 4, dtype=torch.float32, device=q.device)
+    q_tier = torch.empty(to.q_tier_shape, dtype=to.tier_dtype, device=q.device)
+    factor = torch.empty(to.rows, dtype=torch.float32, device=q.device)
+    parts = torch.empty(to.parts_shape, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, heads, n, dim, dtype=q.dtype, device=q.device)
     matrix = factor if rotation is None else rotation.to(torch.float32).contiguous()
-    rotate = rotation is not None and bool(tier)
-    rotated = triton.cdiv(rows, 16) if tier else 0
-    sizes = dict(KV_HEADS=kv_heads, RATIO=ratio, NEW=n, D=dim, DP=padded, PDL=pdl)
-    line = dict(ROWS=row_tile, TILES=tiles, BATCH=triton.next_power_of_2(batch), UNIT=tuning.unit, HAS_TIER=bool(tier),
-                BLOCK=BLOCK)  # fmt: skip
     dense_strides = (*k_dense.stride()[:3], *v_dense.stride()[:3])
 
-    _prepare_kernel[rotated + triton.cdiv(batch * kv_heads * n, 16), triton.cdiv(padded, tuning.prepare_columns)](
-        q, k_new, v_new, k_dense, v_dense, state, matrix, q_tier, factor, batch, rotated, length, scale,
-        *q.stride()[:3], *k_new.stride()[:3], *v_new.stride()[:3], *dense_strides, **sizes, ROWS=16,
-        COLUMNS=min(padded, tuning.prepare_columns), ROTATE=rotate,
+    _prepare_kernel[to.prepare_grid](
+        q, k_new, v_new, k_dense, v_dense, state, matrix, q_tier, factor, batch, to.rotated, length, scale,
+        *q.stride()[:3], *k_new.stride()[:3], *v_new.stride()[:3], *dense_strides, **to.sizes, **to.prepare,
     )  # fmt: skip
     _split_kernel[(programs,)](
         q, q_tier, factor, *(tier or [factor] * 6), k_dense, v_dense, state, parts, batch, length, scale, capacity,
-        slots, *q.stride()[:3], *dense_strides, **sizes, **line, BITS=bits, K_GROUP=k_group,
-        K_TOKEN_AXIS=k_axis == "token", V_GROUP=v_group, WORDS=words(bits), SLICES=WORD_BITS // bits,
-        CHUNKS=tuple(value_chunks(dim)), DENSE_OPERAND=operand_dtype(q.dtype), PRECISION=dot_precision(q.dtype),
-        num_warps=1, num_stages=tuning.stages, maxnreg=tuning.registers, launch_pdl=pdl,
+        to.slots, *q.stride()[:3], *dense_strides, **to.sizes, **to.line, **to.split, num_warps=1,
+        num_stages=to.stages, maxnreg=to.registers, launch_pdl=to.pdl,
     )  # fmt: skip
-    _merge_kernel[triton.cdiv(rows, merged), triton.cdiv(padded, columns)](
-        parts, state, matrix, out, batch, length, programs, slots, *out.stride()[:3], **sizes, **line, MERGED=merged,
-        COLUMNS=min(padded, columns), STEP=step, ROTATE=rotate, num_warps=8, num_stages=1, launch_pdl=pdl,
+    _merge_kernel[to.merge_grid](
+        parts, state, matrix, out, batch, length, programs, to.slots, *out.stride()[:3], **to.sizes, **to.line,
+        **to.merge, num_warps=MERGE_WARPS, num_stages=1, launch_pdl=to.pdl,
     )  # fmt: skip
     return out
 

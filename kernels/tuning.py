@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,19 @@ def attend_tuning(head_dim: int, itemsize: int, block_bytes: float = 0) -> Atten
 def merge_tuning(rows: int, tuning: AttendTuning) -> tuple[int, int, int]:
     """(rows, channels, parts) of the merging programs; see `AttendTuning.merge`."""
     return next(sizes for most, *sizes in tuning.merge if most is None or rows <= most)
+
+
+def template_tunings(head_dim: int, itemsize: int, block_bytes: float, measure: bool) -> list[AttendTuning]:
+    """What Inductor chooses from in a compiled graph: the table's choice, and where it is to measure
+    (`mode="max-autotune"`) also what came near it on some shape. Not more: each takes seconds to compile."""
+    table = attend_tuning(head_dim, itemsize, block_bytes)
+    if not measure:
+        return [table]
+    others = [
+        replace(table, stages=5 - table.stages),  # one more or one less: within 10% on an H200, by shape
+        replace(table, programs=max(1, table.programs // 2)),  # where shared memory, not registers, is what is short
+    ]
+    return list(dict.fromkeys([table, *others]))
 
 
 ATTEND_VARIANTS: dict[str, dict[str, object]] = {

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
+import sympy
 import torch
 import torch._dynamo
 from torch import Tensor
 from torch._dynamo import lookup_backend, maybe_mark_dynamic
 from torch._dynamo.source import AttrSource, ConstantSource, TensorProperty, TensorPropertySource
 from torch._dynamo.utils import counters
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size
 
@@ -60,8 +63,8 @@ def call_name(target: Any) -> str:
 
 
 def set_field_source(node: Node, kv: Node, name: str) -> None:
-    """Tell Dynamo where the placeholder `node` comes from: it is the attribute `name` of the `KVTensor` placeholder `kv`,
-    or its length ("length")."""
+    """Tell Dynamo where the placeholder `node` comes from: it is the attribute `name` of the `KVTensor` placeholder
+    `kv`, or its length ("length")."""
     source = kv._dynamo_source
     length = TensorPropertySource(source, TensorProperty.SIZE, 2)
     node._dynamo_source = length if name == "length" else AttrSource(source, name)
@@ -100,8 +103,24 @@ def inner_compiler(name: str | Callable, mode: str | None, options: dict[str, An
     if callable(name):
         return name
     if name == "inductor":
-        return torch._TorchCompileInductorWrapper(mode, options, None)
+        return _with_templates(torch._TorchCompileInductorWrapper(mode, options, None))
     return lookup_backend(name)
+
+
+def _with_templates(compiler: Callable) -> Callable:
+    """`compiler`, Inductor, with our lowering, whose text its caches of compiled graphs do not know by themselves."""
+
+    def compile(module: GraphModule, example_inputs: Sequence[Any]) -> Callable:
+        from . import lowering  # it imports this module, and Inductor
+
+        if not lowering.DEVICES:
+            return compiler(module, example_inputs)
+        lowering.register()
+        config = torch.compiler.config
+        with config.patch(cache_key_tag=config.cache_key_tag + lowering.cache_tag()):
+            return compiler(module, example_inputs)
+
+    return compile
 
 
 def count(**amounts: int) -> None:
@@ -119,3 +138,107 @@ def new_size(like: Tensor, minimum: int) -> torch.SymInt:
     size = shape_env.create_unbacked_symint()
     _constrain_range_for_size(size, min=minimum)
     return size
+
+
+# ---- Inductor, for `lowering`. Imported when the first graph is compiled: it takes a second.
+
+
+@cache
+def inductor() -> SimpleNamespace:
+    """Modules and functions of Inductor."""
+    from torch._inductor import config, ir, lowering, select_algorithm
+    from torch._inductor.virtualized import V
+
+    return SimpleNamespace(
+        V=V, config=config, ir=ir, lowerings=lowering.lowerings, register_lowering=lowering.register_lowering,
+        empty_strided=lowering.empty_strided, fallback=lowering.fallback_handler, FixedLayout=ir.FixedLayout,
+        autotune=select_algorithm.autotune_select_algorithm,
+    )  # fmt: skip
+
+
+@cache
+def template_class() -> type:
+    """`TritonTemplate` whose source may also call `output()`, the pointer of the output where the kernel stores it by
+    itself; `argument(i)`, int32 of `call_sizes[i]`, a size or not; `strides(name)`, all but the last."""
+    from torch._inductor.select_algorithm import TritonTemplate, TritonTemplateKernel, texpr
+
+    class Kernel(TritonTemplateKernel):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self._register_extra_template_env_fns(self.output, self.argument, self.strides)
+
+        def output(self):
+            return self.args.output(self.output_node.get_name())
+
+        def argument(self, index):
+            return f"tl.full([], {texpr(self.rename_indexing(self.call_sizes[index]))}, tl.int32)"
+
+        def strides(self, name):
+            *strides, _ = self.get_stride_and_maybe_freeze_layout(self.named_input_nodes[name])
+            return ", ".join(texpr(self.rename_indexing(stride)) for stride in strides)
+
+    class Template(TritonTemplate):
+        kernel_type = Kernel
+
+    return Template
+
+
+def symbolic_grid(grid: Callable) -> Any:
+    """A grid that Inductor works out when it compiles, as far as it is constant."""
+    from torch._inductor.select_algorithm import SymbolicGridFn
+
+    return SymbolicGridFn(grid)
+
+
+def select(name: str, choices: list, inputs: list, layout: Any, make: dict[int, Callable]) -> tuple[Any, Any]:
+    """The node of the choice that Inductor measures as the fastest, and that choice. `make`: what makes the inputs to
+    measure with, by place, where random ones will not do."""
+    result = inductor().autotune(name, choices, inputs, layout, input_gen_fns=make)
+    node = result[0] if isinstance(result, tuple) else result  # a pair from torch 2.12 on
+    render = node.data.data.make_kernel_render
+    return node, next(choice for choice in choices if choice.make_kernel_render is render)
+
+
+def symbols_of(node: Any, sizes: Sequence[Any]) -> None:
+    """Say that a template's kernel takes these sizes, which are not those of its inputs."""
+    buffer = node.data.data
+    buffer.subgraph_inps, buffer.subgraph_outs = [s for s in sizes if isinstance(s, sympy.Expr)], []
+
+
+def measures() -> bool:
+    """Whether Inductor is to measure configurations."""
+    return inductor().config.max_autotune or inductor().config.max_autotune_gemm
+
+
+def is_known(size: Any) -> bool:
+    """Whether `size` is the same for all inputs that a graph takes."""
+    return isinstance(size, (int, sympy.Integer))
+
+
+def is_contiguous(x: Any) -> bool:
+    """Whether the node `x` of a graph being lowered is contiguous for all inputs."""
+    sizes = inductor().V.graph.sizevars
+    strides = inductor().ir.FlexibleLayout.contiguous_strides(x.get_size())
+    return all(sizes.statically_known_equals(a, b) for a, b in zip(x.get_stride(), strides, strict=True))
+
+
+def size_hint(size: Any) -> int:
+    """What `size` is for the inputs that a graph is compiled with."""
+    return int(inductor().V.graph.sizevars.optimization_hint(size))
+
+
+def realized(x: Any, unit_last: bool = True) -> Any:
+    """`x` in memory, in a layout that stays; a copy where its last dimension should be contiguous and is not."""
+    ir = inductor().ir
+    x = ir.ExternKernel.realize_input(x)
+    if unit_last and not inductor().V.graph.sizevars.statically_known_equals(x.get_stride()[-1], 1):
+        x = ir.ExternKernel.require_contiguous(x)
+    if isinstance(x.get_layout(), ir.FlexibleLayout):
+        x.freeze_layout()
+    return x
+
+
+def constant(make: Callable[[], Tensor]) -> Any:
+    """A constant of the graph that is being lowered."""
+    with unset_fake_temporarily():
+        return inductor().V.graph.add_tensor_constant(make())

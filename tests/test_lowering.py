@@ -1,0 +1,227 @@
+"""Inductor's templates of decode attention: on the GPU where there is one, else in Triton's interpreter, for which
+tensors on the CPU must look to Inductor as if Triton could run them."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
+from torch._inductor.utils import run_and_get_code
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from minikv_compile import MiniKVBackend, MiniKVConfig, compat, lowering, ops
+from minikv_compile.passes.rewrite import Rewriter
+
+from .helpers import VOCAB, prompt
+
+minikv = torch.ops.minikv
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PRESETS = ["default", "minikv", "lossless"]
+HEADS, KV_HEADS, DIM, BATCH = 4, 2, 32, 2
+
+
+class Hopper:
+    """A driver for what only asks what there is."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def templates(monkeypatch):
+    lowering.register()
+    with inductor.patch(force_disable_caches=True):
+        if DEVICE == "cuda":
+            yield
+            return
+        monkeypatch.setattr(lowering, "DEVICES", {"cpu"})
+        monkeypatch.setattr(driver, "_active", Hopper())
+        with inductor.patch(cpu_backend="triton"):
+            yield
+
+
+def cache(preset, seq, dtype=torch.float32):
+    """(arguments of the op from the tier on, its configuration) for a compressed prompt with room for a token."""
+    config = MiniKVConfig.preset(preset)
+    k, v = torch.randn(2, BATCH, KV_HEADS, seq, DIM, device=DEVICE).to(dtype)
+    scores = torch.rand(BATCH, KV_HEADS, seq, device=DEVICE) if config.drops else None
+    made, names = minikv.compress(k, v, scores, None, None, 0, 1, config.to_json()), ops.fields(config, False)
+    k, v = (dict(zip(names, half, strict=True)) for half in (made[: len(names)], made[len(names) :]))
+    tiers = [[part[name] for name in ("codes", "scale", "zero") if name in names] for part in (k, v)]
+    for x in (*tiers[0], *tiers[1], k["dense"], v["dense"]):
+        compat.mark_dynamic(x, 2)
+    return [*tiers, k["dense"], v["dense"], k["state"], seq], config.to_json()
+
+
+def queries(dtype=torch.float32):
+    shapes = (BATCH, HEADS, 1, DIM), (BATCH, KV_HEADS, 1, DIM), (BATCH, KV_HEADS, 1, DIM)
+    return [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
+
+
+def close(got, want):
+    """The op's reference, on a CPU, adds up in another order."""
+    torch.testing.assert_close(got, want, atol=5e-5, rtol=5e-5)
+
+
+def copied(held):
+    k_tier, v_tier, k_dense, v_dense, *rest = held
+    return [k_tier, v_tier, k_dense.clone(), v_dense.clone(), *rest]
+
+
+def attend(config, padding=None):
+    """Decode attention with something in front and behind, as in a model."""
+
+    def run(q, k, v, *held):
+        out = minikv.decode_attention(q * 2, k, v, *held, DIM**-0.5, config, padding)
+        return out.transpose(1, 2).flatten(2) + 1
+
+    return run
+
+
+@torch.no_grad()
+def compile_and_run(function, *args):
+    """(result, generated code)."""
+    result, (code,) = run_and_get_code(torch.compile(function), *args)
+    return result, "\n".join(line for line in code.splitlines() if not line.startswith("#"))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_equals_the_op(preset):
+    held, config = cache(preset, 300)
+    new, twin = queries(), copied(held)
+    want = attend(config)(*new, *twin)
+    got, code = compile_and_run(attend(config), *new, *held)
+    close(got, want)
+    assert torch.equal(held[2], twin[2]) and torch.equal(held[3], twin[3])
+    # Three launches, what follows is in the last one, and the op is not called.
+    calls = code.split("def call")[1].split("def get_args")[0]
+    assert len(re.findall(r"triton_tem_fused\w*\.run\(", calls)) == 3
+    assert re.search(r"triton_tem_fused_add\w*\.run\(", code) and not re.search(r"minikv\.decode_attention\S*\(", code)
+    # Sizes of the cache are symbols: nothing that large is made or copied.
+    assert re.search(r"\bs\d+ = arg", code)
+    assert not re.search(r"empty_strided\w*\(\([^)]*\bs\d+|clone|copy_\(", calls)
+
+
+def test_a_new_length_compiles_and_measures_nothing():
+    held, config = cache("default", 300)
+    function = torch.compile(attend(config))
+    with torch.no_grad():
+        function(*queries(), *copied(held))
+        held, _ = cache("default", 301)  # the length turns into a symbol
+        function(*queries(), *held)
+        measured = counters["inductor"]["select_algorithm_autotune"]
+        for seq in (430, 700):
+            held, _ = cache("default", seq)
+            new, twin = queries(), copied(held)
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                got = function(*new, *held)
+            close(got, attend(config)(*new, *twin))
+    assert counters["inductor"]["select_algorithm_autotune"] == measured
+
+
+def test_inductor_chooses(monkeypatch):
+    """Each configuration may win; the launch after it knows which one did."""
+    from torch._inductor.select_algorithm import AlgorithmSelectorCache
+
+    held, config = cache("default", 900)
+    new, seen = queries(), []
+    for place in range(3):
+        torch._dynamo.reset()
+
+        def benchmark(self, choices, nodes, layout, make, *args, place=place, **kwargs):
+            state = make[len(nodes) - 1](nodes[-1])
+            seen.append((place, len(choices), state.tolist()))
+            return {choice: float(i != place) for i, choice in enumerate(choices)}
+
+        monkeypatch.setattr(AlgorithmSelectorCache, "benchmark", benchmark)
+        twin, mine = copied(held), copied(held)
+        with inductor.patch(max_autotune=True, precompilation_timeout_seconds=0):
+            got, code = compile_and_run(attend(config), *new, *mine)
+        seen[-1] += re.search(r"num_stages=(\d+),\s+num_warps=1,", code).groups()
+        seen[-1] += re.search(r"PROGRAMS : \S+ = (\d+)", code).groups()
+        close(got, attend(config)(*new, *twin))
+    assert [choices for _, choices, *_ in seen] == [3, 3, 3]
+    assert len({tuple(row[3:]) for row in seen}) == 3
+    # What is measured: full regions of the sizes that the graph is compiled with.
+    offset, _, in_tier = seen[0][2][0]
+    assert 901 - offset == held[2].shape[2] and in_tier == held[0][0].shape[2] * 128
+
+
+def test_the_op_runs_where_the_templates_do_not_apply(monkeypatch):
+    held, config = cache("lossless", 20)
+    padding = torch.ones(BATCH, 21, dtype=torch.bool, device=DEVICE)
+    _, code = compile_and_run(attend(config, padding), *queries(), *copied(held))
+    assert "minikv.decode_attention.default(" in code and "triton_tem" not in code
+    torch._dynamo.reset()
+    monkeypatch.setattr(lowering, "DEVICES", set())
+    _, code = compile_and_run(attend(config), *queries(), *held)
+    assert "minikv.decode_attention.default(" in code and "triton_tem" not in code
+
+
+class Decoder(nn.Module):
+    """Two layers of attention that keep keys and values; Dynamo of torch 2.11 cannot trace `helpers.PlainDecoder`."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.out = nn.Embedding(VOCAB, HEADS * DIM), nn.Linear(HEADS * DIM, HEADS * DIM)
+        self.qkv = nn.ModuleList(nn.Linear(HEADS * DIM, (HEADS + 2 * KV_HEADS) * DIM) for _ in range(2))
+
+    def forward(self, ids, past=None):
+        x, kept = self.tokens(ids), []
+        for i, layer in enumerate(self.qkv):
+            heads = layer(x).unflatten(2, (-1, DIM)).transpose(1, 2)
+            q, k, v = heads.split([HEADS, KV_HEADS, KV_HEADS], 1)
+            if past is not None:
+                k, v = torch.cat([past[i][0], k], 2), torch.cat([past[i][1], v], 2)
+            kept.append((k, v))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=past is None, enable_gqa=True)
+            x = x + self.out(out.transpose(1, 2).flatten(2))
+        return x, kept
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@torch.no_grad()
+def test_through_the_backend(preset, monkeypatch):
+    """A model's decode graph. On the CPU the pass would take the op's plain PyTorch."""
+    init, call, called = Rewriter.__init__, lowering._call, []
+    monkeypatch.setattr(Rewriter, "__init__", lambda self, *args, fused: init(self, *args, fused=False))
+    monkeypatch.setattr(lowering, "_call", lambda name, *args, **more: called.append(name) or call(name, *args, **more))
+    model, config = Decoder().to(DEVICE), MiniKVConfig.preset(preset)
+    results = []
+    for inner in ("eager", "inductor"):
+        torch._dynamo.reset()
+        backends = (MiniKVBackend(config, i) for i in ("eager", inner))
+        prefill, decode = (torch.compile(model, backend=backend, fullgraph=True) for backend in backends)
+        torch.manual_seed(1)
+        _, past = prefill(prompt(300, BATCH).to(DEVICE))
+        steps = []
+        for _ in range(3):
+            step, past = decode(prompt(1, BATCH).to(DEVICE), past)
+            steps.append(step)
+        results.append(torch.cat(steps))
+    close(*results)
+    assert called == ["prepare", "split", "merge"] * 2
+
+
+def test_caches_know_the_text(monkeypatch, tmp_path):
+    sources = lowering._SOURCES
+    for file in sources.glob("*.jinja"):
+        (tmp_path / file.name).write_text(file.read_text())
+    known = lowering.fingerprint()
+    monkeypatch.setattr(lowering, "_SOURCES", tmp_path)
+    assert lowering.fingerprint.__wrapped__() == known
+    (tmp_path / "merge.py.jinja").write_text("another")
+    assert lowering.fingerprint.__wrapped__() != known
+    tags = []
+    monkeypatch.setattr(
+        torch._TorchCompileInductorWrapper, "__call__", lambda *_: tags.append(torch.compiler.config.cache_key_tag)
+    )
+    compat.inner_compiler("inductor", None, None)(None, [])
+    assert known in tags[0] and known not in torch.compiler.config.cache_key_tag
