@@ -39,10 +39,12 @@ def is_call(node: Any, *names: str) -> bool:
 
 
 def callee(node: Node) -> str:
-    """The plain name of what a call node calls: "and_" and "le" for operators too."""
-    if isinstance(node.target, str):
-        return node.target
-    return compat.call_name(node.target).split(".")[0]
+    """The plain name of what a call node calls: "and_" and "le" for operators too, however they are spelled."""
+    name = node.target if isinstance(node.target, str) else compat.call_name(node.target).split(".")[0]
+    if name.startswith("__") and name.endswith("__"):  # a method: x.__eq__(y)
+        name = name[2:-2]
+        return name + "_" if name in ("and", "or", "not") else name
+    return name
 
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:

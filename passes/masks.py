@@ -105,7 +105,7 @@ def _written(node: Node) -> bool:
     for user in node.users:
         name = callee(user) if user.op in ("call_function", "call_method") else ""
         into = bool(user.args) and user.args[0] is node
-        if user.kwargs.get("out") is node or (into and (name == "setitem" or _is_in_place(user, name))):
+        if user.kwargs.get("out") is node or (into and (name == "setitem" or _is_in_place(name))):
             return True
         if into and (is_getitem(user) or name in VIEWS or name in CASTS or name in ("transpose", "permute", "t")):
             if _written(user):
@@ -113,10 +113,11 @@ def _written(node: Node) -> bool:
     return False
 
 
-def _is_in_place(node: Node, name: str) -> bool:
-    if node.op == "call_function" and getattr(operator, name, None) is node.target:
-        return name.startswith("i") and name not in ("inv", "invert") and hasattr(operator, f"__{name}__")
-    return name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "is_", "not_")
+def _is_in_place(name: str) -> bool:
+    """Of a call's plain name: "add_" and "iadd"."""
+    if name.startswith("i") and name not in ("index", "inv", "invert") and hasattr(operator, f"__{name}__"):
+        return True
+    return name.endswith("_") and name not in ("and_", "or_", "is_", "not_")
 
 
 def _read_call(node: Node, seen: dict) -> Value:

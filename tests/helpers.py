@@ -93,16 +93,16 @@ class PlainDecoder(nn.Module):
     def forward(self, ids, past=None, keep=True, **inputs):
         """ids [batch, n] -> logits [batch, n, vocabulary], ((keys, values), ...) of all tokens so far."""
         batch, n = ids.shape
-        start = past[0][0].shape[2] if past else 0
+        start = past[0][0].shape[2] if past is not None else 0
         x = self.tokens(ids) + self.positions(torch.arange(start, start + n, device=ids.device))
         kept = []
         for i, (qkv, out) in enumerate(zip(self.qkv, self.out, strict=True)):
             heads = qkv(x).view(batch, n, self.heads + 2 * self.kv_heads, self.head_dim).transpose(1, 2)
             q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
-            if past:
+            if past is not None:
                 k, v = torch.cat([past[i][0], k], 2), torch.cat([past[i][1], v], 2)
             kept.append((k, v))
-            x = x + out(self.attend(q, k, v, bool(past), **inputs).transpose(1, 2).flatten(2))
+            x = x + out(self.attend(q, k, v, past is not None, **inputs).transpose(1, 2).flatten(2))
         return self.head(x), tuple(kept) if keep else None
 
 
