@@ -306,31 +306,41 @@ class Rewriter:
         return self._fields[kv, name]
 
     def _lower_sizes(self) -> None:
-        """Sizes that the graph reads off a `KVTensor` come from its length."""
+        """Sizes that the graph reads off a `KVTensor`, or off what it grows to, come from its length."""
         for kv in self.originals:
             if not isinstance(example(kv), KVTensor):
                 continue
-            for user in list(kv.users):
-                if not is_call(user, "numel", "size"):
-                    continue
-                if is_call(user, "size") and argument(user, 1, "dim") is None:
-                    for item in [u for u in user.users if is_getitem(u) and isinstance(u.args[1], int)]:
-                        dim = item.args[1] % 4
-                        with self.graph.inserting_before(user):
-                            size = self.field(kv, "length") if dim == SEQ else shape(kv)[dim]
-                        replace_uses(item, size)
-                        self.graph.erase_node(item)
-                if user.users:
-                    dims = range(4) if is_call(user, "numel") else (argument(user, 1, "dim"),)
-                    if None in dims:
-                        continue  # size() as a whole: the site will be reported
-                    with self.graph.inserting_before(user):
-                        sizes = [self.field(kv, "length") if d % 4 == SEQ else shape(kv)[d] for d in dims]
-                        total = sizes[0]
-                        for size in sizes[1:]:
-                            total = self.graph.call_function(operator.mul, (total, size))
-                    user.replace_all_uses_with(total)
-                self.graph.erase_node(user)
+            grown = [user for user in kv.users if is_call(user, "cat")]
+            for tensor in (kv, *grown):
+                for reader in [user for user in tensor.users if is_call(user, "numel", "size")]:
+                    self._lower_size(reader, kv)
+
+    def _lower_size(self, reader: Node, kv: Node) -> None:
+        """Replace one `size` or `numel` of `kv`, or of a `cat` that begins with it."""
+        tensor = reader.args[0]
+
+        def size(dim: int) -> Any:
+            if dim % 4 != SEQ:
+                return shape(tensor)[dim % 4]
+            length = self.field(kv, "length")
+            if tensor is kv:
+                return length
+            new = tensor.args[0][1]
+            n = shape(new)[SEQ]
+            n = n if isinstance(n, int) else self.graph.call_method("size", (new, SEQ))
+            return self.graph.call_function(operator.add, (length, n))
+
+        with self.graph.inserting_before(reader):
+            if is_call(reader, "numel"):
+                replace_uses(reader, reduce(lambda a, b: self.graph.call_function(operator.mul, (a, b)), map(size, range(4))))
+            elif (dim := argument(reader, 1, "dim")) is not None:
+                replace_uses(reader, size(dim))
+            else:
+                for item in [u for u in reader.users if is_getitem(u) and isinstance(u.args[1], int)]:
+                    replace_uses(item, size(item.args[1]))
+                    self.graph.erase_node(item)
+        if not reader.users:  # else size() is used as a whole: the site will be reported
+            self.graph.erase_node(reader)
 
     def _replace_output(self, stored: Node, by: Made | Longer) -> None:
         self.result.outputs = [by if out is stored else out for out in self.result.outputs]

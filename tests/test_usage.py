@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 
 from minikv_compile import KVTensor, MiniKVBackend, MiniKVConfig
@@ -141,7 +142,7 @@ def test_int8_weights_of_torchao():
 
 
 def test_graph_breaks_inside_of_the_model():
-    """Each part is compiled by itself; every site is still rewritten."""
+    """Each part is compiled by itself; every site is still rewritten, but where another part made its mask."""
     model, ids = tiny(layers=3), prompt(60)
     expected = greedy(model, ids).sequences
     inner = model.model.layers[1].forward
@@ -150,8 +151,12 @@ def test_graph_breaks_inside_of_the_model():
     got = greedy(compiled(model, backend), ids)
     assert torch.equal(got.sequences, expected)
     assert captured()[1] >= 1
-    assert isinstance(got.past_key_values.layers[0].keys, KVTensor)
-    assert isinstance(got.past_key_values.layers[2].keys, KVTensor)
+    reasons = {site.reason for graph in backend.graphs for site in graph}
+    masked = any("its mask is not understood (built by L_" in reason for reason in reasons)
+    # transformers made masks in every traced graph before it learned to leave out causal ones there.
+    assert masked == (Version(transformers.__version__) < Version("5.20")) and (masked or reasons == {""})
+    for layer in (0, 2):
+        assert isinstance(got.past_key_values.layers[layer].keys, KVTensor) != masked
 
 
 def test_two_models_and_two_configurations_in_one_process():
