@@ -175,6 +175,10 @@ def _shift(name: str, left: Grid, right: Grid) -> Grid | None:
 
 def _compare(name: str, left: Grid, right: Grid) -> Predicate | None:
     """`left name right` as a bound on the key."""
+    if left.dim is None and right.dim is None:  # one key, one query
+        offsets = left.offset, right.offset
+        known = all(isinstance(offset, int) for offset in offsets)
+        return Predicate() if known and getattr(operator, name)(*offsets) else None
     if left.dim != KEY:
         left, right = right, left
         name = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt"}[name]
@@ -236,8 +240,14 @@ def _gather(node: Node, seen: dict) -> Predicate | None:
     """`rows[batch_grid, key_grid]`."""
     source, (batch, key) = node.args[0], node.args[1]
     batch, key, rows = _read(batch, seen), _read(key, seen), _read(source, seen)
-    plain = Grid(BATCH, 0), Grid(KEY, 0)
-    if isinstance(rows, Rows) and batch in (plain[0], Grid(None, 0)) and key == plain[1]:
+    if not isinstance(rows, Rows):
+        return None
+    # A grid of one is read as the constant 0: all of a single row, or of a single key.
+    all_batch, all_keys = (
+        grid == Grid(dim, 0) or (grid == Grid(None, 0) and same(size, 1))
+        for grid, dim, size in zip((batch, key), (BATCH, KEY), shape(rows.node), strict=True)
+    )
+    if all_batch and all_keys:
         return Predicate(padding=(rows.node,))
     return None
 

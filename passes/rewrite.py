@@ -321,7 +321,8 @@ class Rewriter:
 
         def size(dim: int) -> Any:
             if dim % 4 != SEQ:
-                return shape(tensor)[dim % 4]
+                extent = shape(tensor)[dim % 4]
+                return extent if isinstance(extent, int) else self.graph.call_method("size", (self.field(kv, "dense"), dim))
             length = self.field(kv, "length")
             if tensor is kv:
                 return length

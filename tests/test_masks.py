@@ -205,25 +205,23 @@ def test_a_claim_is_what_the_mask_holds(build, queries, keys, dynamic):
         assert torch.equal(mask.expand(full), (key <= query) & mask[:, :, -1:].expand(2, 1, 1, keys))
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_masks_of_transformers(padded):
-    """The masks in a whole model's graph: prefill, and one token on a dense past."""
-    model, ids = tiny(layers=1), prompt(12, batch=2)
+@pytest.mark.parametrize("batch, tokens, padding", [(2, 12, 0), (2, 12, 5), (1, 12, 5), (2, 1, 0), (1, 1, 0)])
+def test_masks_of_transformers(batch, tokens, padding):
+    """The masks in a whole model's graph."""
+    model, ids = tiny(layers=1), prompt(tokens, batch=batch)
     mask = torch.ones_like(ids)
-    mask[1, :5] = 0 if padded else 1
-
-    def sites(module):
-        return [(site, argument(site, 3, "attn_mask")) for site in sites_in(module.graph)]
+    mask[-1, :padding] = 0
 
     with torch.no_grad():
         module, args = capture(lambda i, m: model(i, attention_mask=m).logits, ids, mask)
-    [(site, node)] = sites(module)
-    predicate = read_mask(node, 12)
+    [site] = sites_in(module.graph)
+    node = argument(site, 3, "attn_mask")
+    predicate = read_mask(node, tokens)
     values = Values(module, args)
-    assert predicate is not None and reduces_to_padding(predicate, 12, 12)
+    assert predicate is not None and reduces_to_padding(predicate, tokens, tokens)
     assert len(predicate.padding) == 1
-    actual = values.env[node]
-    assert torch.equal(claimed(predicate, values, 12, 12), actual.expand(2, 1, 12, 12))
+    actual = values.env[node].expand(batch, 1, tokens, tokens)
+    assert torch.equal(claimed(predicate, values, tokens, tokens).expand_as(actual), actual)
 
 
 def test_sliding_window_of_transformers():
