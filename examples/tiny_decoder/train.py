@@ -129,11 +129,16 @@ def collect_corpus(tokenizer, extra_packages: list[str]) -> Corpus:
     return Corpus(ids, np.flatnonzero(is_newline[:-1] & ~is_newline[1:]) + 1)
 
 
+# What the facts of one text may be.
+MIXES = (("single", "tracking", "multivalue"), ("single",), ("tracking",), ("multivalue",))
+
+
 class SequenceMaker:
     """Splices facts, questions and answers as token ids into source code."""
 
-    def __init__(self, corpus: Corpus, tokenizer):
-        self.corpus = corpus
+    def __init__(self, corpus: Corpus, tokenizer, chains: int = 1):
+        """`chains`: how many of the mixtures are chains alone."""
+        self.corpus, self.mixes = corpus, MIXES + (("tracking",),) * (chains - 1)
         self.bos = np.array([tokenizer.bos_token_id], np.int16)
         self._encode = lambda fragment: tokenizer.encode(fragment, add_special_tokens=False)
         self._ids: dict[str, list[int]] = {}
@@ -154,7 +159,7 @@ class SequenceMaker:
     def _events(self, rng: random.Random, length: int, only, fact_share: float, ask_share: float) -> list:
         """(depth, ids, kinds) of each fact and question; depths from 1 on are for the questions at the end."""
         maker = tasks.ItemMaker(rng, "train")
-        kinds = only or rng.choice((("single", "tracking", "multivalue"), ("single",), ("tracking",), ("multivalue",)))
+        kinds = only or rng.choice(self.mixes)
         items, events, used, room = [], [], 0, length - 1
         while used < fact_share * length:
             item = maker.make(rng.choice(kinds))
@@ -514,14 +519,19 @@ def train(args) -> None:
              for length in (lengths[0], lengths[-1])}
     log("evaluation samples made")
 
-    batches = Batches(SequenceMaker(corpus, tokenizer), args.batch_tokens, args.max_length, args.seed)
+    batches = Batches(SequenceMaker(corpus, tokenizer, args.chains), args.batch_tokens, args.max_length, args.seed)
     on_gpu = torch.cuda.is_available()
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, num_workers=args.workers, pin_memory=on_gpu,
         prefetch_factor=2 if args.workers else None, multiprocessing_context="fork" if args.workers else None))
     device = torch.device("cuda" if on_gpu else "cpu")
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    model = build_model(args, tokenizer).to(device)
+    resumed = {"training_tokens": 0, "minutes": 0.0}
+    if args.resume is None:
+        model = build_model(args, tokenizer).to(device)
+    else:
+        model = LlamaForCausalLM.from_pretrained(args.resume, dtype=torch.float32).to(device)
+        resumed = json.loads((args.resume / "results.json").read_text())
     log(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters")
     if on_gpu:
         choose_attention(model.config, args.batch_tokens, args.max_length)
@@ -531,7 +541,8 @@ def train(args) -> None:
 
     step = seen = last_seen = 0
     begin = last_time = None
-    next_check, saved = 0.1, False
+    next_check, saved = args.start + 0.1, False
+    batches.progress.value = args.start
     for ids, kinds in loader:
         ids, kinds = (t.to(device, non_blocking=True).long() for t in (ids, kinds))
         kinds = kinds[:, 1:].flatten()
@@ -541,7 +552,8 @@ def train(args) -> None:
         if step == 0:  # Everything is compiled now: the schedule's clock starts.
             log(f"first step, loss {losses.detach().mean().item():.2f}")
             begin = last_time = time.monotonic()
-        progress = min(1.0, (time.monotonic() - begin) / (end_of_training - begin))
+        passed = (time.monotonic() - begin) / (end_of_training - begin)
+        progress = min(1.0, args.start + (1 - args.start) * passed)
         batches.progress.value = progress
         if progress >= 1:
             break
@@ -574,9 +586,9 @@ def train(args) -> None:
     log(f"{step} steps, {seen / 1e6:.0f}M tokens; model saved")
     results = {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "training_tokens": seen,
+        "training_tokens": resumed["training_tokens"] + seen,
         "corpus_tokens": len(corpus.ids),
-        "minutes": round((time.monotonic() - START) / 60, 2),
+        "minutes": round(resumed["minutes"] + (time.monotonic() - START) / 60, 2),
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
         "samples_per_cell": args.eval_samples,
         "exact_match": {},
@@ -642,6 +654,9 @@ def main() -> None:
     command.add_argument("--out", type=Path, default=here / "model", help="folder for weights and results.json")
     command.add_argument("--minutes", type=float, default=9.0, help="time for everything after the imports")
     command.add_argument("--reserve", type=float, default=35.0, help="seconds of it for saving and evaluation")
+    command.add_argument("--resume", type=Path, help="folder of a trained model to go on with")
+    command.add_argument("--start", type=float, default=0.0, help="where the schedule starts: 0 is its begin, 1 its end")
+    command.add_argument("--chains", type=int, default=1, help="weight of texts with nothing but chains: the hardest")
     command.add_argument("--layers", type=int, default=8)
     command.add_argument("--width", type=int, default=384)
     command.add_argument("--max-length", type=int, default=8192)
