@@ -36,6 +36,9 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from provenance import provenance
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from minikv_compile.kernels.attention import attend_triton, block_bytes
 from minikv_compile.kernels.compress import compress_reference, compress_triton, empty_packed
 from minikv_compile.kernels.jit import CODE_EXPONENT, code_position, codes_at
@@ -44,8 +47,6 @@ from minikv_compile.kernels.prefill import causal_attention_lse
 from minikv_compile.kernels.scores import column_scores_reference, column_scores_triton
 from minikv_compile.kernels.tuning import ATTEND_VARIANTS, attend_tuning
 from minikv_compile.rotation import hadamard
-from provenance import provenance
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SECTIONS = ("check", "decode", "formats", "prefill", "compress", "flush", "flex", "tune")
 DEFAULT_SECTIONS = SECTIONS[:-1]
@@ -251,7 +252,8 @@ def check_attend(case: Case, seed: int, device: torch.device) -> dict:
 def tuning_of(case: Case):
     """The table's choice for a case, or the variant that it names."""
     size = block_bytes(case.dim, case.bits, case.k_group, case.v_group)
-    chosen = attend_tuning(triton.next_power_of_2(case.dim), case.dtype.itemsize, size)
+    rows = case.batch * case.heads * case.new
+    chosen = attend_tuning(triton.next_power_of_2(case.dim), case.dtype.itemsize, size, rows)
     return replace(chosen, **ATTEND_VARIANTS.get(case.variant, {}))
 
 

@@ -28,9 +28,11 @@ from .jit import (
     operand_dtype,
     pinned,
     round_to,
+    times_scale,
     to_fp16,
     to_fp32,
     to_operand,
+    transposed,
     unit_last,
     value_loads,
     value_tiles,
@@ -317,15 +319,34 @@ def _largest(tiles):
 
 
 @triton.jit
-def _stack(tiles):
-    """A tuple of 2**n tiles [T, ROWS], one below the other."""
+def _joined(tiles):
+    """A tuple of 2**n tiles [ROWS, T], side by side."""
     for _ in tl.static_range(log2(len(tiles))):
         pairs = ()
         for i in tl.static_range(0, len(tiles), 2):
-            both = tl.permute(tl.join(tiles[i], tiles[i + 1]), (2, 0, 1))
-            pairs = pairs + (tl.reshape(both, [2 * both.shape[1], both.shape[2]]),)
+            both = tl.permute(tl.join(tiles[i], tiles[i + 1]), (0, 2, 1))
+            pairs = pairs + (tl.reshape(both, [both.shape[0], 2 * both.shape[2]]),)
         tiles = pairs
-    return pinned(tiles[0])
+    return tiles[0]
+
+
+@triton.jit
+def _halves(tiles):
+    """A tuple of 2**n tiles [ROWS, T], side by side: (their even columns, their odd ones)."""
+    evens = ()
+    odds = ()
+    for i in tl.static_range(len(tiles)):
+        even, odd = tl.split(tl.reshape(tiles[i], [tiles[i].shape[0], tiles[i].shape[1] // 2, 2]))
+        evens = evens + (even,)
+        odds = odds + (odd,)
+    return _joined(evens), _joined(odds)
+
+
+@triton.jit
+def _operand(even, odd):
+    """Even and odd columns as the second operand of a product: [columns, ROWS]."""
+    both = tl.reshape(tl.join(even, odd), [even.shape[0], 2 * even.shape[1]])
+    return pinned(tl.trans(both))
 
 
 @triton.jit
@@ -335,12 +356,15 @@ def _finite_max(m):
 
 
 @triton.jit
-def _fold(p, scale, weight):
-    """p [BLOCK, ROWS] times the tokens' scale [BLOCK] times a power of two."""
-    if p.dtype == tl.float32:
-        return p * (to_fp32(scale) * weight)[:, None]
+def _fold(even, odd, scale, weight):
+    """Probabilities [ROWS, BLOCK / 2] of even and odd tokens, times the tokens' scale [BLOCK] times a power of two, as
+    an operand [BLOCK, ROWS]."""
+    if even.dtype == tl.float32:
+        scale_even, scale_odd = tl.split(tl.reshape(to_fp32(scale) * weight, [scale.shape[0] // 2, 2]))
+        return _operand(even * scale_even[None, :], odd * scale_odd[None, :])
     else:
-        return p * (to_fp32(scale) * weight).to(tl.float16)[:, None]
+        even, odd = times_scale(even, odd, scale, weight)
+        return _operand(even, odd)
 
 
 @triton.jit
@@ -416,9 +440,9 @@ def _attend_tier(
         probs = ()
         for i in tl.static_range(len(logits)):
             p = tl.exp2(logits[i] - (top - P_EXPONENT)[None, :])
-            probs = probs + (p if EXACT else p.to(tl.float16),)
-        probs = _stack(probs)
-        zeros = _dot_codes(to_fp16(z), probs, zeros * decay[None, :])
+            probs = probs + (tl.trans(pinned(p)) if EXACT else transposed(p.to(tl.float16)),)
+        even, odd = _halves(probs)
+        zeros = _dot_codes(to_fp16(z), _operand(even, odd), zeros * decay[None, :])
         weight = exp2i(-size + S_EXPONENT)
         v_words = V_CODES + at * (WORDS * D)
         loads = ()
@@ -428,7 +452,7 @@ def _attend_tier(
         added = ()
         for i in tl.static_range(length_of(TILES)):
             if i == 0 or entry(TILES, i, 0) // V_GROUP != entry(TILES, i - 1, 0) // V_GROUP:
-                folded = _fold(probs, scales[entry(TILES, i, 0) // V_GROUP], weight)
+                folded = _fold(even, odd, scales[entry(TILES, i, 0) // V_GROUP], weight)
             codes = codes_at(loads[entry(TILES, i, 2)], entry(TILES, i, 1) * BITS, BITS)
             added = added + (_dot_codes(codes, folded, out[i] * out_decay[None, :]),)
         out = added
@@ -736,7 +760,8 @@ def launches(
     """The launches for so many queries; `tier`: whether there is one."""
     padded, ratio = triton.next_power_of_2(dim), heads // kv_heads
     if tuning is None:
-        tuning = attend_tuning(padded, dtype.itemsize, block_bytes(dim, bits, k_group, v_group) if tier else 0)
+        size = block_bytes(dim, bits, k_group, v_group) if tier else 0
+        tuning = attend_tuning(padded, dtype.itemsize, size, batch * heads * n)
     row_tile = min(tuning.rows, max(tuning.min_rows, triton.next_power_of_2(ratio * n)))
     tiles = triton.cdiv(ratio * n, row_tile)
     items, rows = batch * kv_heads * tiles, batch * heads * n

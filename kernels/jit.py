@@ -93,6 +93,64 @@ def pinned(x):
 
 
 @triton.jit
+def transposed(x):
+    """`x` [T, R], fp16 and the result of a product, T and R multiples of 8, as [R, T], by one instruction for each 8x8
+    block. It relies on the layout that the product gives it: nothing but elementwise operations may lie between."""
+    if INTERPRET:
+        return tl.trans(x)
+    else:
+        T: tl.constexpr = x.shape[0]
+        R: tl.constexpr = x.shape[1]
+        y = tl.inline_asm_elementwise(
+            "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [x], dtype=tl.float16, is_pure=False, pack=2
+        )
+        # y[8 a + i, 8 b + j] = x[8 a + j, 8 b + i]
+        return tl.reshape(tl.permute(tl.reshape(y, [T // 8, 8, R // 8, 8]), (2, 1, 0, 3)), [R, T])
+
+
+@triton.constexpr_function
+def _pair_asm(bf16):
+    to_fp32 = (
+        "shl.b32 t, $1, 16; mov.b32 a, t; shl.b32 t, $2, 16; mov.b32 b, t;"
+        if bf16
+        else "mov.b32 {x, y}, $1; cvt.f32.f16 a, x; mov.b32 {x, y}, $2; cvt.f32.f16 b, x;"
+    )
+    product = "mul.f32 a, a, $3; mul.f32 b, b, $3; cvt.rn.satfinite.f16x2.f32 $0, b, a;"
+    return "{ .reg .b32 t; .reg .b16 x, y; .reg .f32 a, b; " + to_fp32 + product + " }"
+
+
+@triton.jit
+def _first(a, b):
+    return a
+
+
+@triton.jit
+def times_scale(even, odd, scale, weight):
+    """(even, odd) [R, T / 2], the even and the odd columns of an fp16 tile, times the columns' 16-bit `scale` [T] times
+    a scalar, rounded to fp16."""
+    scale_even, scale_odd = tl.split(tl.reshape(scale, [scale.shape[0] // 2, 2]))
+    if INTERPRET:
+        scale_even = (to_fp32(scale_even) * weight).to(tl.float16)
+        scale_odd = (to_fp32(scale_odd) * weight).to(tl.float16)
+        return even * scale_even[None, :], odd * scale_odd[None, :]
+    else:
+        # A scale becomes fp16 once, in the thread that loads it, two neighbours in one register. Triton would have
+        # every thread that needs a scale convert it: but what comes before a reduction (here of one element) along
+        # another dimension it does not move behind a change of layout.
+        scale_even = scale_even.to(tl.int16, bitcast=True).to(tl.int32)
+        scale_odd = scale_odd.to(tl.int16, bitcast=True).to(tl.int32)
+        pair = tl.inline_asm_elementwise(
+            _pair_asm(scale.dtype == tl.bfloat16), "=r,r,r,f", [scale_even, scale_odd, weight], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+        pair = tl.reduce(pair[:, None], 1, _first)
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 p; mov.b32 p, {$2, $3}; mul.rn.f16x2 p, p, $4; mov.b32 {$0, $1}, p; }", "=h,=h,h,h,r",
+            [even, odd, pair[None, :]], dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def round_to(x, DTYPE: tl.constexpr):
     """fp32 -> DTYPE, to nearest, ties to even. (The interpreter truncates to bf16.)"""
     if INTERPRET and DTYPE == tl.bfloat16:

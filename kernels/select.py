@@ -29,35 +29,53 @@ def _bits(SCORES, row, stride, low, n, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "count"])
 def _highest_kernel(SCORES, OUT, stride, n, count, TILE: tl.constexpr, ONE_TILE: tl.constexpr):
-    """One program: one row, which it reads once for each bit, or once where it fits in registers."""
+    """One program: one row, which it reads once for each two bits, or once where it fits in registers."""
     row = tl.program_id(0).to(tl.int64)
     bits = _bits(SCORES, row, stride, 0, n, TILE)
-    threshold = 0
-    for i in range(31):
-        candidate = threshold | (1 << (30 - i))
-        found = tl.zeros([TILE], tl.int32)
-        for low in range(0, n, TILE):
-            if not ONE_TILE:
+    threshold = 0  # what `count` scores reach; two more bits of the largest such number a round
+    for i in range(16):
+        first = threshold | (1 << (30 - 2 * i))
+        # Bit 31 is the sign: in the first round there is only one candidate.
+        high = 1 << tl.minimum(30 - 2 * i, 28)
+        second = tl.where(i == 0, first, threshold | (2 * high))
+        third = tl.where(i == 0, first, threshold | (3 * high))
+        if ONE_TILE:
+            both = tl.sum((bits >= first).to(tl.int32) + ((bits >= second).to(tl.int32) << 15))  # TILE < 2**15
+            firsts, seconds = both & 0x7FFF, both >> 15
+            thirds = tl.sum((bits >= third).to(tl.int32))
+        else:
+            zero = tl.zeros([TILE], tl.int32)
+            found, found2, found3 = zero, zero, zero
+            for low in range(0, n, TILE):
                 bits = _bits(SCORES, row, stride, low, n, TILE)
-            found += (bits >= candidate).to(tl.int32)
-        threshold = tl.where(tl.sum(found) >= count, candidate, threshold)
-    found = tl.zeros([TILE], tl.int32)
-    for low in range(0, n, TILE):
-        if not ONE_TILE:
-            bits = _bits(SCORES, row, stride, low, n, TILE)
-        found += (bits > threshold).to(tl.int32)
-    ties = count - tl.sum(found)  # of the scores at the threshold, the first ones
+                found += (bits >= first).to(tl.int32)
+                found2 += (bits >= second).to(tl.int32)
+                found3 += (bits >= third).to(tl.int32)
+            firsts, seconds, thirds = tl.sum(found), tl.sum(found2), tl.sum(found3)
+        threshold = tl.where(firsts >= count, first, threshold)
+        threshold = tl.where(seconds >= count, second, threshold)
+        threshold = tl.where(thirds >= count, third, threshold)
 
+    # Of the scores at the threshold, the first ones. Counts of both kinds go through one scan.
+    above = tl.sum((bits > threshold).to(tl.int32))
+    if not ONE_TILE:
+        above = 0
+        for low in range(0, n, TILE):
+            above += tl.sum((_bits(SCORES, row, stride, low, n, TILE) > threshold).to(tl.int32))
+    ties = count - above
     done = 0
     for low in range(0, n, TILE):
         if not ONE_TILE:
             bits = _bits(SCORES, row, stride, low, n, TILE)
-        tie = (bits == threshold).to(tl.int32)
-        taken = (bits > threshold) | ((tie > 0) & (tl.cumsum(tie, 0) <= ties))
-        place = done + tl.cumsum(taken.to(tl.int32), 0) - 1
+        both = (bits > threshold).to(tl.int32) + ((bits == threshold).to(tl.int32) << 15)
+        before = tl.cumsum(both, 0)
+        ties_before = before >> 15
+        taken = (bits > threshold) | ((bits == threshold) & (ties_before <= ties))
+        place = done + (before & 0x7FFF) + tl.minimum(ties_before, ties) - 1
         tl.store(OUT + row * count + place, (low + tl.arange(0, TILE)).to(tl.int64), mask=taken)
-        done += tl.sum(taken.to(tl.int32))
-        ties -= tl.sum(tie)
+        if not ONE_TILE:
+            done += tl.sum(taken.to(tl.int32))
+            ties -= tl.minimum(tl.sum((bits == threshold).to(tl.int32)), ties)
 
 
 def highest_triton(scores: Tensor, count: int) -> Tensor:
@@ -68,7 +86,7 @@ def highest_triton(scores: Tensor, count: int) -> Tensor:
     if count:
         tile = min(max(triton.next_power_of_2(n), 1024), 16384)
         _highest_kernel[rows,](
-            scores, out, scores.stride(0), n, count, TILE=tile, ONE_TILE=n <= tile, num_warps=tile // 512
+            scores, out, scores.stride(0), n, count, TILE=tile, ONE_TILE=n <= tile, num_warps=max(tile // 2048, 4)
         )  # fmt: skip
     return out
 

@@ -45,6 +45,10 @@ def compress_tuning(itemsize: int) -> CompressTuning:
     return CompressTuning(contracted=32, registers=None)
 
 
+FEW_ROWS = 64
+"""Query rows, of all heads and batch rows, up to which a decode step counts as small: one sequence or two."""
+
+
 @dataclass(frozen=True)
 class AttendTuning:
     rows: int = 16
@@ -57,24 +61,31 @@ class AttendTuning:
     """Programs per multiprocessor, of one warp each: as many as run at once (255 registers a thread allow 8), so that
     all end together."""
     stages: int = 2
-    """Triton keeps `stages - 1` blocks in shared memory and asks for the next one at the end of a step: with 2, a
-    program waits for each block, and only other programs hide that."""
+    """Triton keeps `stages - 1` blocks in shared memory. With 2 it asks for the next block at the end of a step: a
+    program waits for it, and only other programs hide that."""
     registers: int | None = None
     """Limit per thread; None for the compiler's 255."""
     prepare_columns: int = 32
     """Channels per program that rotates q."""
-    merge: tuple[tuple[int | None, int, int, int], ...] = ((64, 1, 64, 256), (256, 1, 128, 128), (None, 16, 128, 8))
+    merge: tuple[tuple[int | None, int, int, int], ...] = (
+        (FEW_ROWS, 1, 64, 256), (256, 1, 128, 128), (None, 16, 128, 8),
+    )  # fmt: skip
     """By query rows, at most (None: any number): rows and channels per merging program, and parts of a row that it
     loads at once. Few rows have many parts each; programs of many rows share the load of the rotation."""
 
 
-def attend_tuning(head_dim: int, itemsize: int, block_bytes: float = 0) -> AttendTuning:
-    """By bytes of a head, as it enters the dense region's products, and of a tier block, keys and values."""
+def attend_tuning(head_dim: int, itemsize: int, block_bytes: float = 0, query_rows: int = 2**31) -> AttendTuning:
+    """By bytes of a head, as it enters the dense region's products, and of a tier block, keys and values; by query rows
+    of all heads and batch rows."""
     # Output, q and words grow with the head: fewer rows and tokens at once, or they would not fit in registers.
-    wide = {} if head_dim * itemsize <= 256 else dict(rows=8, unit=16, merge=((64, 1, 32, 64), (None, 16, 32, 4)))
-    stages = 3 if 0 < block_bytes <= 5 * 1024 else 2  # 64 channels at 2 bits: there is room
+    wide = {} if head_dim * itemsize <= 256 else dict(rows=8, unit=16, merge=((FEW_ROWS, 1, 32, 64), (None, 16, 32, 4)))
+    # A third stage hides the wait for memory, a fifth of the loop without it, where eight programs still fit. Programs
+    # with a few blocks each gain nothing by a longer start, unless blocks are small (64 channels at 2 bits).
+    most = 10 if query_rows > FEW_ROWS and head_dim * itemsize <= 256 else 5  # KiB
+    third = 0 < block_bytes <= most * 1024
+    stages = 3 if third else 2
     # Besides blocks, about what operands need on their way from one layout to another.
-    shared = (stages - 1) * block_bytes + 32 * head_dim * itemsize
+    shared = (stages - 1) * block_bytes + (24 if third else 32) * head_dim * itemsize
     programs = max(1, min(8, int(224 * 1024 // (shared + 1024))))
     return AttendTuning(programs=programs, stages=stages, **wide)
 
@@ -84,10 +95,12 @@ def merge_tuning(rows: int, tuning: AttendTuning) -> tuple[int, int, int]:
     return next(sizes for most, *sizes in tuning.merge if most is None or rows <= most)
 
 
-def template_tunings(head_dim: int, itemsize: int, block_bytes: float, measure: bool) -> list[AttendTuning]:
+def template_tunings(
+    head_dim: int, itemsize: int, block_bytes: float, query_rows: int, measure: bool
+) -> list[AttendTuning]:
     """What Inductor chooses from in a compiled graph: the table's choice, and where it is to measure
     (`mode="max-autotune"`) also what came near it on some shape. Not more: each takes seconds to compile."""
-    table = attend_tuning(head_dim, itemsize, block_bytes)
+    table = attend_tuning(head_dim, itemsize, block_bytes, query_rows)
     if not measure:
         return [table]
     others = [
@@ -102,7 +115,7 @@ ATTEND_VARIANTS: dict[str, dict[str, object]] = {
     "stages3": dict(stages=3),
     "programs4": dict(programs=4),
     "programs5": dict(programs=5),
-    "programs12-reg168": dict(programs=12, registers=168),  # about 130 bytes of spills
+    "programs12-reg168": dict(programs=12, registers=168, stages=2),  # about 150 bytes of spills
     "programs16": dict(programs=16),
     "merge1": dict(merge=((None, 1, 128, 128),)),
     "merge16": dict(merge=((None, 16, 128, 8),)),

@@ -1,0 +1,143 @@
+"""Launches every kernel at small shapes, for a memory checker to watch.
+
+    python benchmarks/sanitize.py                  # runs compute-sanitizer's memcheck, racecheck and initcheck
+    compute-sanitizer --tool memcheck python benchmarks/sanitize.py --launch
+
+The kernels are compiled by a run without the checker, which would slow the compiler down. PyTorch's allocator is told
+not to cache, so that each tensor is an allocation of its own and an access just past it is seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+
+import _path  # noqa: F401
+import torch
+
+from minikv_compile.kernels.attention import attend_triton
+from minikv_compile.kernels.compress import compress_triton, dense_region_triton, empty_packed
+from minikv_compile.kernels.packing import BLOCK, value_group
+from minikv_compile.kernels.scores import column_scores_triton
+from minikv_compile.kernels.select import highest_triton
+from minikv_compile.rotation import hadamard
+
+TOOLS = ("memcheck", "racecheck", "initcheck")
+ATTEND = [
+    dict(),
+    dict(dim=64, dtype=torch.float16, bits=4, group=32),
+    dict(dim=80, group=16, heads=14, rotate=False),
+    dict(dim=128, group=16, axis="channel", bits=8, new=3),
+    dict(dim=128, tier=False),
+]
+"""Head dimensions with and without padding, each width of codes, groups along tokens and channels, no tier."""
+
+
+def counters(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(torch.zeros(n, dtype=torch.int32, device=x.device) for n in ((x.shape[0], x.shape[2]), x.shape[0]))
+
+
+def attend(
+    dim=128, dtype=torch.bfloat16, bits=2, group=64, axis="token", heads=8, new=1, rotate=True, tier=True
+) -> None:  # fmt: skip
+    """Two ragged rows, of which the second has no block in its tier."""
+    batch, kv_heads, blocks, length = 2, 2, 2, 1000
+    rotation = hadamard(dim).cuda() if rotate else None
+    tokens = torch.tensor([blocks * BLOCK, 0], dtype=torch.int32, device="cuda")
+    k_group = group if axis == "token" else value_group(group, dim)
+    x = torch.randn(batch, kv_heads, blocks * BLOCK, dim, device="cuda").to(dtype)
+    tiers = [
+        compress_triton(x, None, 0, tokens, blocks, bits, g, a, layout, rotation, counted=counters(x))
+        for layout, g, a in (("key", k_group, axis), ("value", value_group(group, dim), "channel"))
+    ]
+    dense = [torch.randn(batch, kv_heads, 70, dim, device="cuda").to(dtype) for _ in range(2)]
+    offset = torch.tensor([length - 70, length - new], device="cuda")
+    state = torch.stack([offset, torch.zeros_like(offset), tokens], -1).int()
+    q, k, v = (torch.randn(batch, h, new, dim, device="cuda").to(dtype) for h in (heads, kv_heads, kv_heads))
+    k_tier, v_tier = tiers if tier else (None, None)
+    attend_triton(q, k, v, k_tier, v_tier, *dense, state, length, dim**-0.5, bits, k_group, axis,
+                  value_group(group, dim), rotation if tier else None)  # fmt: skip
+
+
+def compress(dim: int, dtype: torch.dtype, layout: str, group: int, rotate: bool) -> None:
+    """Gathered tokens into existing storage, then the dense region that is left."""
+    batch, kv_heads, seq, blocks = 2, 2, 300, 3
+    x = torch.randn(batch, kv_heads, seq, dim, device="cuda").to(dtype)
+    x[0, 0, 7, 3] = torch.inf
+    index = torch.rand(batch, kv_heads, seq, device="cuda").argsort(-1)
+    tokens = torch.tensor([2 * BLOCK, BLOCK], dtype=torch.int32, device="cuda")
+    axis = "token" if layout == "key" else "channel"
+    out = empty_packed(batch, kv_heads, blocks, dim, 2, group, axis, layout, dtype, x.device)
+    counted = counters(x)
+    compress_triton(
+        x, index, 4, tokens, 2, 2, group, axis, layout, hadamard(dim).cuda() if rotate else None, out=out,
+        first_block=torch.tensor([1, 2], dtype=torch.int32, device="cuda"), counted=counted,
+    )  # fmt: skip
+    dense_region_triton(x, index, 4, tokens, seq - tokens, 200, counted)
+
+
+def scores(dim: int, dtype: torch.dtype, last: int | None) -> None:
+    """Two rows of different length."""
+    q, k = (torch.randn(2, h, 200, dim, device="cuda").to(dtype) for h in (4, 2))
+    lse = torch.randn(2, 4, 200, device="cuda")
+    column_scores_triton(q, k, lse, dim**-0.5, torch.tensor([200, 77], device="cuda"), last)
+
+
+def launch() -> None:
+    """Every kernel once or more."""
+    torch.manual_seed(0)
+    for case in ATTEND:
+        attend(**case)
+    compress(128, torch.bfloat16, "key", 64, True)
+    compress(128, torch.bfloat16, "value", 64, True)
+    compress(80, torch.float16, "value", 16, False)
+    scores(128, torch.bfloat16, None)
+    scores(80, torch.float16, 64)
+    highest_triton(torch.rand(4, 1000, device="cuda"), 100)
+    highest_triton(torch.rand(2, 40000, device="cuda"), 100)
+    torch.cuda.synchronize()
+    print("launched")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--launch", action="store_true", help="only launch the kernels, for a checker outside")
+    parser.add_argument("--timeout", type=float, default=60, help="seconds for each tool")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
+    launch()
+    if args.launch:
+        return
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        parser.error("compute-sanitizer is not installed")
+    runs = {
+        tool: subprocess.Popen(
+            [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--launch"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for tool in TOOLS
+    }  # fmt: skip
+    failed, start = False, time.perf_counter()
+    for tool, run in runs.items():
+        try:
+            output, _ = run.communicate(timeout=max(1.0, args.timeout - (time.perf_counter() - start)))
+        except subprocess.TimeoutExpired:
+            run.kill()
+            output = run.communicate()[0] + f"\nnot done in {args.timeout:.0f} s"
+        failed |= run.returncode != 0
+        words = ("=========", "launched", "not done")
+        lines = [line for line in output.splitlines() if line.startswith(words)]
+        print(f"{tool}: exit {run.returncode}", *(lines[-40:] if run.returncode else lines[-2:]), sep="\n  ")
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
