@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size
 
-
 disabled_torch_function = torch._C._disabled_torch_function_impl
 """For `__torch_function__`: rules live in `__torch_dispatch__` alone, so that Dynamo sees an ordinary tensor."""
 
@@ -43,6 +42,11 @@ def is_fake(x: Tensor) -> bool:
 def mark_dynamic(x: Tensor, dim: int) -> None:
     """Let Dynamo treat this size as dynamic from the first compilation on."""
     maybe_mark_dynamic(x, dim)
+
+
+def mark_static(x: Tensor) -> None:
+    """Tell Dynamo that the address of `x` stays, so that CUDA graphs may write into it."""
+    torch._dynamo.mark_static_address(x)
 
 
 @contextmanager
@@ -171,11 +175,17 @@ def template_class() -> type:
             return self.args.output(self.output_node.get_name())
 
         def argument(self, index):
-            return f"tl.full([], {texpr(self.rename_indexing(self.call_sizes[index]))}, tl.int32)"
+            return f"tl.full([], {self.size_text(self.call_sizes[index])}, tl.int32)"
 
         def strides(self, name):
             *strides, _ = self.get_stride_and_maybe_freeze_layout(self.named_input_nodes[name])
-            return ", ".join(texpr(self.rename_indexing(stride)) for stride in strides)
+            return ", ".join(map(self.size_text, strides))
+
+        def size_text(self, size):
+            # Not `rename_indexing`: it simplifies to any symbol that is known to be equal, also to one that is no input.
+            size = sympy.sympify(size)
+            names = {s: sympy.Symbol(str(self.args.size(s)), integer=True, nonnegative=True) for s in size.free_symbols}
+            return texpr(size.xreplace(names))
 
     class Template(TritonTemplate):
         kernel_type = Kernel

@@ -13,6 +13,7 @@ from torch.library import custom_op
 from . import compat
 from .config import MiniKVConfig
 from .kernels import attention, compress, packing, prefill, scores
+from .kernels import flush as flush_kernels
 from .kernels.packing import BLOCK, metadata_dtype, words
 from .policy import Prompt, select
 from .rotation import rotation_matrix
@@ -24,6 +25,10 @@ window, buffer); how many stored tokens hold NaN or inf; tokens in the tier."""
 
 MIN_BLOCKS = 2
 """A dimension of size 0 or 1 would be specialised by Dynamo, and its growth would recompile."""
+
+
+READS_HOST = (torch.Tag.cudagraph_unsafe,)
+"""Tags of the ops of a prefill, which copy between host and device: no CUDA graph may hold them."""
 
 
 def without_autocast(op: Callable) -> Callable:
@@ -40,7 +45,7 @@ def without_autocast(op: Callable) -> Callable:
     return run
 
 
-@custom_op("minikv::align_rows", mutates_args=())
+@custom_op("minikv::align_rows", mutates_args=(), tags=READS_HOST)
 def align_rows(valid: Tensor) -> tuple[Tensor, Tensor]:
     """How to put each row's valid tokens first; once per graph, for all of its layers.
 
@@ -72,7 +77,7 @@ def take_tokens(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1]))
 
 
-@custom_op("minikv::prefill_attention", mutates_args=())
+@custom_op("minikv::prefill_attention", mutates_args=(), tags=READS_HOST)
 @without_autocast
 def prefill_attention(
     q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, lengths: Tensor | None, scale: float, observed: int | None
@@ -134,7 +139,7 @@ def grouping(config: MiniKVConfig, role: str, head_dim: int) -> tuple[int, str]:
     return (config.group, "token") if role == "key" else (config.value_group(head_dim), "channel")
 
 
-@custom_op("minikv::compress", mutates_args=())
+@custom_op("minikv::compress", mutates_args=(), tags=READS_HOST)
 @without_autocast
 def compress_prompt(
     k: Tensor, v: Tensor, scores: Tensor | None, order: Tensor | None, lengths: Tensor | None, layer: int, layers: int,
@@ -341,21 +346,15 @@ def flush(
     """
     settings = MiniKVConfig.from_json(config)
     dim = dense.shape[-1]
-    in_dense = length - state[:, OFFSET]
-    full = (in_dense + n > capacity).int()
-    tokens = full * ((in_dense - settings.sinks - settings.window) // BLOCK).clamp(0, blocks) * BLOCK
     group, axis = grouping(settings, role, dim)
     counted = torch.zeros(dense.shape[0], dense.shape[2], dtype=torch.int32, device=dense.device), state[:, NOT_FINITE]
+    plan = flush_kernels.plan(state, length, n, capacity, settings.sinks, settings.window, blocks)
     compress.compress(
-        dense, None, settings.sinks, tokens, blocks, settings.bits, group, axis, role,
+        dense, None, settings.sinks, plan[0], blocks, settings.bits, group, axis, role,
         rotation_matrix(settings.rotation, dim, dense.device), settings.clip, out=(codes, scale, zero),
-        first_block=state[:, IN_TIER] // BLOCK, counted=counted,
+        first_block=plan[1], counted=counted,
     )  # fmt: skip
-    slot = torch.arange(dense.shape[2], device=dense.device)
-    source = torch.where(slot < settings.sinks, slot, slot + tokens[:, None]).clamp(max=dense.shape[2] - 1)
-    dense.copy_(take_tokens(dense, source))
-    state[:, OFFSET] += tokens
-    state[:, IN_TIER] += tokens
+    flush_kernels.move_up(dense, state, plan, settings.sinks)
 
 
 @flush.register_fake
@@ -364,19 +363,33 @@ def _(codes, scale, zero, dense, state, length, n, capacity, blocks, role, confi
 
 
 def kept_mask(kept: Tensor, state: Tensor, length: int) -> Tensor:
-    """bool [batch, kv_heads, length]: which logical tokens are stored.
+    """bool [batch, kv_heads, length]: which logical tokens of a `KVTensor` are stored."""
+    return tokens_kept(kept, state[:, IN_TIER] + length - state[:, OFFSET], length, length)
+
+
+def tokens_kept(kept: Tensor, stored: Tensor, length: int | Tensor, size: int) -> Tensor:
+    """bool [batch, kv_heads, size]: which of the first `size` tokens are stored.
 
     Args:
         kept: uint8 [batch, kv_heads, ceil(prompt / 8)], one bit per prompt token. Later tokens are all stored; where
             they start follows from how many are.
+        stored: int [batch], how many tokens are. length: logical tokens.
     """
     bits = kept[..., None] >> torch.arange(8, dtype=torch.uint8, device=kept.device) & 1
-    prompt = bits.flatten(2).bool()[..., :length]
-    stored = state[:, IN_TIER] + length - state[:, OFFSET]
+    token = torch.arange(size, device=kept.device)
+    before = token < length  # a prompt may have been cut
+    prompt = bits.flatten(2).bool()[..., :size]
+    prompt &= before[: prompt.shape[-1]]
     generated = stored[:, None] - prompt.sum(-1)
-    mask = torch.arange(length, device=kept.device) >= (length - generated)[..., None]
+    mask = before & (token >= (length - generated)[..., None])
     mask[..., : prompt.shape[-1]] |= prompt
     return mask
+
+
+def place_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """Stored tokens, in their order, where bool `mask` [batch, kv_heads, length] has them; zeros elsewhere."""
+    source = (mask.cumsum(-1) - 1).clamp(min=0)
+    return take_tokens(values, source).masked_fill(~mask[..., None], 0)
 
 
 @custom_op("minikv::dequantize", mutates_args=())
@@ -401,11 +414,7 @@ def dequantize(
         packed = packing.to_dtype(packed if rotation is None else packed @ rotation.T, dense.dtype)
         slot = (token - sinks).clamp(0, packed.shape[2] - 1)
         values = torch.where(inside[:, None, :, None], take_tokens(packed, slot), values)
-    if kept is None:
-        return values
-    mask = kept_mask(kept, state, length)
-    source = (mask.cumsum(-1) - 1).clamp(min=0)
-    return take_tokens(values, source).masked_fill(~mask[..., None], 0)
+    return values if kept is None else place_tokens(values, kept_mask(kept, state, length))
 
 
 @dequantize.register_fake

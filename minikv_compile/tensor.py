@@ -18,6 +18,9 @@ from .packed import DenseOnUse, PackedInt
 aten = torch.ops.aten
 SEQ = 2  # dimension of tokens, and of blocks
 
+FORMAT = 1
+"""Version of the tensors and of what they mean, in files that hold a cache."""
+
 
 class Occupancy:
     """What the host knows of a storage without reading the device, shared by all tensors that look into it."""
@@ -110,7 +113,7 @@ class KVTensor(DenseOnUse):
         return cls(tensors, context["config"], context["role"], outer_size[SEQ])
 
     def __reduce_ex__(self, protocol):
-        return _rebuild, (self.tensors(), self.config.to_json(), self.role, self.shape[SEQ])
+        return _rebuild, (self.tensors(), self.config.to_json(), self.role, self.shape[SEQ], FORMAT)
 
     def __deepcopy__(self, memo):
         memo[id(self)] = copied = self.clone()
@@ -265,6 +268,14 @@ class KVTensor(DenseOnUse):
                 f"{self.device}: move the cache with .to(...) or start a new one."
             )
 
+    def share_memory_(self):
+        """Not possible: its storages are several.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("A compressed cache cannot be moved to shared memory: share the tensors in .tensors().")
+
     def __getitem__(self, index):
         result = super().__getitem__(index)
         if not isinstance(result, KVTensor) or compat.is_fake(self.dense):
@@ -286,42 +297,48 @@ class KVTensor(DenseOnUse):
             ValueError: the rollback reaches further back than the unquantized window.
         """
         removed, config = self.shape[SEQ] - length, self.config
-        # Every row's newest `window` tokens are dense, and more while its buffer is not flushed.
-        known = self.shape[SEQ] - max(self.occupancy.offsets) - config.sinks
-        if removed > max(config.window, known):
+        # The dense region holds the newest tokens behind the sinks, or all of a row without a tier.
+        dense = min(
+            self.shape[SEQ] - offset - (config.sinks if blocks else 0)
+            for offset, blocks in zip(self.occupancy.offsets, self.occupancy.blocks, strict=True)
+        )
+        if removed > dense:
             raise ValueError(
-                f"Cannot roll back {removed} tokens of a compressed cache: only the newest {max(config.window, known)} "
-                "are unquantized. Raise MiniKVConfig.window, or keep a deepcopy of the cache from before."
+                f"Cannot roll back {removed} tokens of a compressed cache: only the newest {dense} are unquantized. Raise "
+                "MiniKVConfig.window, keep a deepcopy of the cache from before, or slice `.dequantize()` to read them."
             )
         if self.kept is not None and not self.kept_mask()[..., length:].all():
             raise ValueError(f"Cannot roll back {removed} tokens: some of them are padding or dropped prompt tokens.")
         return KVTensor(self.tensors(), config, self.role, length, self.occupancy).mark_dynamic()
 
 
-def wrap_prompt(parts: list[tuple[dict[str, Tensor], str, int]], config: MiniKVConfig) -> list[KVTensor]:
-    """`KVTensor`s of what `ops.compress_prompt` made: (tensors, role, length) each. Reads the device once."""
-    states = torch.stack([tensors["state"].to(parts[0][0]["state"].device) for tensors, _, _ in parts]).tolist()
+def wrap_prompt(parts: list[tuple[dict[str, Tensor], str, int, int]], config: MiniKVConfig) -> list[KVTensor]:
+    """`KVTensor`s of what `ops.compress_prompt` made: (tensors, role, length, layer) each. Reads the device once."""
+    states = torch.stack([tensors["state"].to(parts[0][0]["state"].device) for tensors, *_ in parts]).tolist()
     wrapped = [
         KVTensor(tensors, config, role, length, Occupancy.read(state)).mark_dynamic()
-        for (tensors, role, length), state in zip(parts, states, strict=True)
+        for (tensors, role, length, _), state in zip(parts, states, strict=True)
     ]
-    report_not_finite(wrapped, states)
+    report_not_finite(wrapped, [layer for *_, layer in parts], states)
     return wrapped
 
 
-def report_not_finite(tensors: list[KVTensor], states: list[list[list[int]]] | None = None) -> None:
-    """Warn of keys and values that hold NaN or inf, once per token; raise if the configuration is strict."""
+def report_not_finite(
+    tensors: list[KVTensor], layers: list[int], states: list[list[list[int]]] | None = None
+) -> None:
+    """Warn of keys and values of these layers that hold NaN or inf; raise if the configuration is strict. Tokens are
+    counted in a prefill, and when they are flushed."""
     found = []
-    for i, kv in enumerate(tensors):
+    for i, (kv, layer) in enumerate(zip(tensors, layers, strict=True)):
         count = sum(row[NOT_FINITE] for row in (kv.state.tolist() if states is None else states[i]))
         if count > kv.occupancy.not_finite:
-            found.append(f"{count - kv.occupancy.not_finite} tokens in the {kv.role}s of cache tensor {i // 2}")
+            found.append(f"{count - kv.occupancy.not_finite} tokens in the {kv.role}s of layer {layer}")
             kv.occupancy.not_finite = count
     if not found:
         return
     message = (
-        f"NaN or inf in {', '.join(found)}: those values are stored as the nearest code of their group, the other "
-        "tokens are not affected. Check the model's dtype and weights."
+        f"NaN or inf in {', '.join(found)}: quantized, each is stored as the nearest code of its group, and other tokens "
+        "are not affected; sinks, window and buffer hold it as it is. Check the model's dtype and weights."
     )
     if tensors[0].config.strict:
         raise ValueError(message)
@@ -336,7 +353,9 @@ def _resized(x: Tensor, size: int) -> Tensor:
     return new
 
 
-def _rebuild(tensors: dict[str, Tensor], config: str, role: str, length: int) -> KVTensor:
+def _rebuild(tensors: dict[str, Tensor], config: str, role: str, length: int, version: int) -> KVTensor:
+    if version != FORMAT:
+        raise ValueError(f"A compressed cache saved in format {version}: this version of minikv_compile reads {FORMAT}.")
     return KVTensor(tensors, MiniKVConfig.from_json(config), role, length).mark_dynamic()
 
 

@@ -89,14 +89,18 @@ class Boundary:
 
     def _reserve(self, args: list[Any]) -> list[Any]:
         """Make room for the new tokens: outside of the graph, so that it sees only storages that fit."""
-        flushed = []
-        for i, n in self.growth.items():
+        flushed, layers = [], []
+        for out in self.outputs:
+            if not isinstance(out, Longer):
+                continue
+            i, n = out.past, self.growth[out.past]
             blocks = args[i].occupancy.blocks
             args[i] = args[i].reserve(n(args))
             if args[i].occupancy.blocks is not blocks:
                 flushed.append(args[i])
+                layers.append(out.layer)
         if flushed:
-            report_not_finite(flushed)
+            report_not_finite(flushed, layers)
         return args
 
     def _wrap(self, args: Sequence[Any], flat: list[Any]) -> list[Any]:
@@ -105,7 +109,7 @@ class Boundary:
             if isinstance(out, Longer):
                 results.append(args[out.past].longer(self.growth[out.past](args)))
             elif isinstance(out, Made):
-                made.append(({name: next(tensors) for name in out.names}, out.role, self.lengths[out](args)))
+                made.append(({name: next(tensors) for name in out.names}, out.role, self.lengths[out](args), out.layer))
                 results.append(None)
             else:
                 results.append(next(tensors))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -18,7 +19,7 @@ from ..config import MiniKVConfig
 from ..ops import ROLES
 from ..rotation import rotation_matrix
 from ..tensor import SEQ, KVTensor
-from . import functional
+from . import fixed, functional
 from .graph import argument, callee, erase_dead, example, is_call, is_getitem, same, shape, size_getter
 from .masks import Predicate, read_mask, reduces_to_padding
 from .sites import NotKept, NotTaken, Site, outputs, read_site, sites_in, where
@@ -56,6 +57,7 @@ class Made:
     names: tuple[str, ...]
     nodes: tuple[Node, ...]
     length: Any
+    layer: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +66,7 @@ class Longer:
 
     past: int
     n: Any
+    layer: int
 
 
 @dataclass
@@ -81,8 +84,9 @@ class Rewritten:
 
     @property
     def outputs_changed(self) -> bool:
-        """Whether the graph still returns what Dynamo expects by itself."""
-        return bool(self.fields) or not all(isinstance(out, Node) or out is None for out in self.outputs)
+        """Whether the graph is another, or what it takes and returns."""
+        changed = bool(self.fields) or not all(isinstance(out, Node) or out is None for out in self.outputs)
+        return changed or any(site.rewritten for site in self.sites)
 
 
 class Rewriter:
@@ -107,16 +111,18 @@ class Rewriter:
         skipped = self._skipped(len(calls))
         changes = []
         for layer, call in enumerate(calls):
-            kind, reason = "", ""
+            kind, idiom, reason = "", "", ""
             try:
                 site = read_site(call, layer)
                 if layer in skipped:
                     raise NotTaken("listed in skip_layers")
-                kind, change = self._plan(site)
+                held = fixed.find_call(site)
+                kind, change = self._plan(site) if held is None else fixed.plan(self, site, held)
+                idiom = functional.NAME if held is None else fixed.NAME
                 changes.append(change)
             except NotTaken as untaken:
                 reason = str(untaken)
-            self.result.sites.append(SiteReport(layer, where(call), kind, functional.NAME if kind else "", reason))
+            self.result.sites.append(SiteReport(layer, where(call), kind, idiom, reason))
         # Only now is it known how many layers share a budget.
         for place, change in enumerate(changes):
             change(place, len(changes))
@@ -194,6 +200,8 @@ class Rewriter:
                 args = (site.query, key.new, value.new, *rows, site.scale, observed)
                 out, scores = self._call(minikv.prefill_attention.default, args, 2)
             site.node.replace_all_uses_with(out)
+        else:
+            site = self.without_mask(site, key.new, value.new)
         with self.graph.inserting_after(site.node if scores is None else scores):
             arguments = (
                 key.new, value.new, None if observed is None else scores, *rows, place, count, self.config.to_json(),
@@ -202,7 +210,7 @@ class Rewriter:
             made = self._call(minikv.compress.default, arguments, 2 * len(names))
         length = shape(key.stored)[SEQ]
         for role, slot, nodes in zip(ROLES, (key, value), (made[: len(names)], made[len(names) :]), strict=True):
-            self._replace_output(slot.stored, Made(role, tuple(names), tuple(nodes), length))
+            self._replace_output(slot.stored, Made(role, tuple(names), tuple(nodes), length, site.layer))
             if slot.stored is not slot.new:
                 empty = slot.stored
                 empty.replace_all_uses_with(slot.new)
@@ -231,7 +239,8 @@ class Rewriter:
         out.meta["example_value"] = example(site.node)
         site.node.replace_all_uses_with(out)
         for slot in (key, value):
-            self._replace_output(slot.stored, Longer(self.originals.index(slot.past), shape(slot.new)[SEQ]))
+            longer = Longer(self.originals.index(slot.past), shape(slot.new)[SEQ], site.layer)
+            self._replace_output(slot.stored, longer)
         self._detach_output()
         erase_dead(self.graph, [site.node], site.nodes)
         for slot in (key, value):
@@ -239,6 +248,20 @@ class Rewriter:
                 raise RewriteError(f"site {site.layer} ({where(site.node)}): {slot.past} is still used after its rewrite")
 
     # ---- pieces
+
+    def without_mask(self, site: Site, key: Node, value: Node) -> Site:
+        """A prompt's attention whose masks are proved to say no more than "causal", so that none is ever made."""
+        if not site.masks:
+            return site
+        with self.graph.inserting_before(site.node):
+            out = self.graph.call_function(
+                F.scaled_dot_product_attention, (site.query, key, value),
+                {"is_causal": True, "scale": site.scale, "enable_gqa": shape(site.query)[1] != shape(key)[1]},
+            )  # fmt: skip
+        out.meta.update(site.node.meta)
+        site.node.replace_all_uses_with(out)
+        erase_dead(self.graph, [site.node], site.nodes)
+        return replace(site, node=out, nodes=(out,), masks=())
 
     def _call(self, op: Callable, args: tuple, results: int) -> list[Node]:
         """A call that returns several tensors, and its items."""
@@ -366,11 +389,11 @@ class Rewriter:
         return {layer % layers for layer in self.config.skip_layers if layer not in outside}
 
     def _check_configuration(self) -> None:
-        for node in self.originals:
-            kv = example(node)
-            if isinstance(kv, KVTensor) and kv.config != self.config:
+        made = [(node, example(node).config) for node in self.originals if isinstance(example(node), KVTensor)]
+        for node, config in [*made, *((call, fixed.configuration(call)) for call in fixed.calls(self.graph))]:
+            if config != self.config:
                 raise RewriteError(
-                    f"{node.name}: this cache was made under another configuration ({kv.config.differences(self.config)}"
+                    f"{node.name}: this cache was made under another configuration ({config.differences(self.config)}"
                     " here). Use one backend for the life of a cache, or start a new cache."
                 )
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minikv_compile import KVTensor, MiniKVConfig
+from minikv_compile.cache import MiniKVLayer
 from minikv_compile.kernels.packing import BLOCK
 from minikv_compile.kernels.scores import column_scores_reference
 from minikv_compile.ops import fields
@@ -100,6 +101,47 @@ def test_opcheck_dequantize(preset, padded):
     for kv in cache(preset, valid=left_padding([300, 80], 300) if padded else None):
         tensors = [getattr(kv, name) for name in ("codes", "scale", "zero", "dense", "state", "kept")]
         opcheck(minikv.dequantize, *tensors, 300, kv.role, kv.config.to_json())
+
+
+def fixed_layer(preset, filled=True):
+    """A layer of a `MiniKVCache`, 300 of 400 tokens long, and keys and values."""
+    layer = MiniKVLayer(MiniKVConfig.preset(preset), 400, 2, 2, 32, torch.float32, torch.device("cpu"))
+    k, v = torch.randn(2, 2, 2, 300, 32)
+    if filled:
+        layer.update(k, v)
+    return layer, layer.config.to_json(), k, v
+
+
+@pytest.mark.parametrize("preset", ["lossless", "default"])
+def test_opcheck_store_prompt(preset):
+    layer, config, k, v = fixed_layer(preset, filled=False)
+    opcheck(minikv.store_prompt, k, v, None, None, None, layer.key, layer.value, layer.kept, layer.length,
+            layer.padding, 0, 1, 400, config)  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", ["lossless", "default"])
+def test_opcheck_update(preset):
+    layer, config, k, v = fixed_layer(preset)
+    opcheck(minikv.update, k[:, :, :5], v[:, :, :5], layer.key, layer.value, layer.kept, layer.length, layer.padding,
+            400, config)  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", ["lossless", "default"])
+def test_opcheck_make_room(preset):
+    layer, config, *_ = fixed_layer(preset)
+    mask = (torch.arange(400) <= 300)[None, None, None]
+    opcheck(minikv.make_room, layer.key, layer.value, layer.length, layer.padding, 1, mask, 400, config)
+
+
+@pytest.mark.parametrize("preset", ["lossless", "default"])
+def test_opcheck_extend_attention(preset):
+    layer, config, k, v = fixed_layer(preset)
+    opcheck(minikv.extend_attention, torch.randn(2, 4, 7, 32), k[:, :, :7], v[:, :, :7], layer.key, layer.value,
+            layer.length, layer.padding, None, 400, 0.2, config)  # fmt: skip
+
+
+def test_opcheck_padding_of():
+    opcheck(minikv.padding_of, torch.ones(7, 7, dtype=torch.bool).tril().expand(2, 1, 7, 7))
 
 
 def test_every_op_is_checked():

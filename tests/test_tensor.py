@@ -29,7 +29,7 @@ def make(preset="default", length=300, role="key", x=None, valid=None, dtype=tor
     made = torch.ops.minikv.compress(x, x, scores, order, lengths, 0, 1, config.to_json())
     names = fields(config, valid is not None)
     half = len(names)
-    parts = [(dict(zip(names, made[i * half : (i + 1) * half], strict=True)), r, x.shape[2])
+    parts = [(dict(zip(names, made[i * half : (i + 1) * half], strict=True)), r, x.shape[2], 0)
              for i, r in enumerate(("key", "value"))]  # fmt: skip
     return wrap_prompt(parts, config)[role == "value"], x
 
@@ -294,6 +294,17 @@ def reload(kv, weights_only):
     return torch.load(file, weights_only=weights_only)
 
 
+def test_a_file_of_another_format(monkeypatch):
+    kv, _ = make()
+    monkeypatch.setattr("minikv_compile.tensor.FORMAT", 99)
+    file = io.BytesIO()
+    torch.save(kv, file)
+    monkeypatch.undo()
+    file.seek(0)
+    with pytest.raises(ValueError, match="saved in format 99: this version of minikv_compile reads 1"):
+        torch.load(file, weights_only=True)
+
+
 def test_a_saved_file_is_small():
     kv, x = make(length=4096)
     file = io.BytesIO()
@@ -476,5 +487,5 @@ def test_a_copy_does_not_report_again(recwarn):
     kv, _ = make(x=x)
     assert sum("NaN or inf in 1 tokens" in str(w.message) for w in recwarn.list) == 1
     recwarn.clear()
-    report_not_finite([kv, kv.clone(), kv[torch.tensor([0])]])
+    report_not_finite([kv, kv.clone(), kv[torch.tensor([0])]], [0, 1, 2])
     assert not recwarn.list

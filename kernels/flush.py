@@ -1,0 +1,117 @@
+"""Around a flush: which rows flush and how much, and what is left of the dense region moves up.
+
+The quantizing in between is `compress`. Nothing here depends on the host, so that a CUDA graph can hold it; where no row
+is full, programs end at once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .packing import BLOCK
+
+OFFSET, IN_TIER = 0, 2
+"""Columns of a state that a flush changes: of the first token in the dense region, and tokens in the tier."""
+
+
+def plan_reference(state: Tensor, length: int, n: int, capacity: int, sinks: int, window: int, blocks: int) -> Tensor:
+    """What leaves each row's dense region: int32 [3, batch]: tokens that leave it, blocks in its tier so far, and tokens
+    in it so far.
+
+    Args:
+        state: int32 [batch, 3]. length: logical tokens. n, capacity: rows that could not hold `n` more in `capacity`
+            tokens are full, and give up whole blocks, at most `blocks`, of what is neither sink nor window.
+    """
+    in_dense = length - state[:, OFFSET]
+    full = (in_dense + n > capacity).int()
+    tokens = full * ((in_dense - sinks - window) // BLOCK).clamp(0, blocks) * BLOCK
+    return torch.stack([tokens, state[:, IN_TIER] // BLOCK, in_dense]).int()
+
+
+@triton.jit(do_not_specialize=["length", "n", "capacity", "batch"])
+def _plan_kernel(
+    STATE, PLAN, length, n, capacity, sinks, window, blocks, batch, stride_state, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = row < batch
+    offset = tl.load(STATE + row * stride_state, mask=real, other=0)
+    in_tier = tl.load(STATE + row * stride_state + 2, mask=real, other=0)
+    in_dense = length - offset
+    leaving = tl.minimum(tl.maximum(in_dense - sinks - window, 0) // BLOCK, blocks) * BLOCK
+    tl.store(PLAN + row, tl.where(in_dense + n > capacity, leaving, 0), mask=real)
+    tl.store(PLAN + batch + row, in_tier // BLOCK, mask=real)
+    tl.store(PLAN + 2 * batch + row, in_dense, mask=real)
+
+
+def plan_triton(state: Tensor, length: int, n: int, capacity: int, sinks: int, window: int, blocks: int) -> Tensor:
+    """`plan` as a Triton kernel."""
+    batch, rows = state.shape[0], 32
+    plan = torch.empty(3, batch, dtype=torch.int32, device=state.device)
+    _plan_kernel[(triton.cdiv(batch, rows),)](
+        state, plan, length, n, capacity, sinks, window, blocks, batch, state.stride(0), BLOCK=BLOCK, ROWS=rows, num_warps=1,
+    )  # fmt: skip
+    return plan
+
+
+def plan(state: Tensor, length: int, n: int, capacity: int, sinks: int, window: int, blocks: int) -> Tensor:
+    """Which rows flush, and how much; arguments and result as in `plan_reference`."""
+    return (plan_triton if state.is_cuda else plan_reference)(state, length, n, capacity, sinks, window, blocks)
+
+
+def move_up_reference(dense: Tensor, state: Tensor, plan: Tensor, sinks: int) -> None:
+    """Drop the tokens that left a dense region, behind its sinks, and count them in the state. In place.
+
+    Args:
+        dense: [batch, kv_heads, capacity, head_dim]. state: int32 [batch, 3]. plan: of `plan`.
+    """
+    slot = torch.arange(dense.shape[2], device=dense.device)
+    for row, (leaving, _, used) in enumerate(plan.T.tolist()):
+        kept = slot[:used][(slot[:used] < sinks) | (slot[:used] >= sinks + leaving)]
+        dense[row, :, : len(kept)] = dense[row, :, kept]
+    state[:, OFFSET] += plan[0]
+    state[:, IN_TIER] += plan[0]
+
+
+@triton.jit(do_not_specialize=["batch", "capacity"])
+def _move_up_kernel(
+    DENSE, STATE, PLAN, batch, sinks, capacity, stride_state, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """One program: one head of one row. A block's source lies at least a block behind its target, so that in ascending
+    order no store reaches what is still to be loaded, whichever thread comes first."""
+    row, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    leaving = tl.load(PLAN + row)
+    if leaving > 0:
+        used = tl.load(PLAN + 2 * batch + row)
+        base = DENSE + (row.to(tl.int64) * HEADS + head) * capacity * D
+        channel = tl.arange(0, DP)
+        for first in range(sinks, used - leaving, BLOCK):
+            for part in tl.static_range(0, BLOCK, PART):
+                slot = first + part + tl.arange(0, PART)
+                mask = (slot < used - leaving)[:, None] & (channel < D)[None, :]
+                moved = tl.load(base + (slot + leaving)[:, None] * D + channel[None, :], mask=mask)
+                tl.store(base + slot[:, None] * D + channel[None, :], moved, mask=mask)
+            tl.debug_barrier()
+        if head == 0:
+            state = STATE + row * stride_state
+            tl.store(state, tl.load(state) + leaving)
+            tl.store(state + 2, tl.load(state + 2) + leaving)
+
+
+def move_up_triton(dense: Tensor, state: Tensor, plan: Tensor, sinks: int) -> None:
+    """`move_up` as a Triton kernel."""
+    if not dense.is_contiguous():
+        raise ValueError("move_up writes into a contiguous dense region only.")
+    batch, heads, capacity, dim = dense.shape
+    _move_up_kernel[(batch * heads,)](
+        dense, state, plan, batch, sinks, capacity, state.stride(0), HEADS=heads, D=dim,
+        DP=triton.next_power_of_2(dim), BLOCK=BLOCK, PART=32, num_warps=4,
+    )  # fmt: skip
+
+
+def move_up(dense: Tensor, state: Tensor, plan: Tensor, sinks: int) -> None:
+    """What is left of a dense region moves up; arguments as in `move_up_reference`."""
+    (move_up_triton if dense.is_cuda else move_up_reference)(dense, state, plan, sinks)

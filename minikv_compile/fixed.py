@@ -1,0 +1,341 @@
+"""The custom ops of `MiniKVCache`: storages of fixed capacity, whose lengths only the device knows.
+
+A layer holds, for the keys and for the values, the tensors of a `KVTensor` (`names`), with one difference: the offset
+in a state is minus the tokens in the dense region, so that every formula of `length - offset` holds with a constant for
+the length. `decode_attention` and `flush` are the same ops.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from . import compat, ops
+from .config import MiniKVConfig
+from .kernels import attention
+from .kernels.packing import BLOCK, metadata_dtype
+from .ops import IN_TIER, OFFSET, READS_HOST, ROLES, without_autocast
+from .rotation import rotation_matrix
+
+log = logging.getLogger("minikv")
+
+VERY_NEGATIVE = -1e4
+"""What is added to the logit of a key that is not seen is at most this."""
+
+
+def names(config: MiniKVConfig) -> list[str]:
+    """Of the tensors that hold a layer's keys, or its values."""
+    return [*(("codes", "scale", "zero") if config.bits < 16 else ()), "dense", "state"]
+
+
+DENSE, STATE = -2, -1
+"""Where in them the dense region and the state are."""
+
+
+def allocate(
+    config: MiniKVConfig, role: str, batch: int, heads: int, max_length: int, dim: int, dtype: torch.dtype,
+    device: torch.device,
+) -> list[Tensor]:  # fmt: skip
+    """Zeros for `max_length` tokens, in the order of `names`."""
+    lead, made = (batch, heads), []
+    if config.bits < 16:
+        blocks = max(max_length - config.sinks - config.window, BLOCK) // BLOCK
+        dtypes = torch.int16, metadata_dtype(dtype), metadata_dtype(dtype)
+        shapes = ops.tier_shapes(config, role, blocks, dim)
+        made = [torch.zeros(*lead, *shape, dtype=t, device=device) for shape, t in zip(shapes, dtypes, strict=True)]
+    dense = torch.zeros(*lead, _dense_capacity(config, max_length), dim, dtype=dtype, device=device)
+    return [*made, dense, torch.zeros(batch, 3, dtype=torch.int32, device=device)]
+
+
+def _dense_capacity(config: MiniKVConfig, max_length: int) -> int:
+    # A prompt shorter than `min_prompt` stays whole.
+    return max_length if config.bits == 16 else ops.dense_capacity(config, min(config.min_prompt, max_length))
+
+
+def used(state: Tensor) -> Tensor:
+    """int32 [batch]: tokens in the dense region."""
+    return -state[:, OFFSET]
+
+
+def bits_of(mask: Tensor) -> Tensor:
+    """uint8 [..., ceil(n / 8)] of bool [..., n]: bit i % 8 of byte i // 8."""
+    bits = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8)).to(torch.uint8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
+
+
+@custom_op("minikv::store_prompt", mutates_args=("key", "value", "kept", "length", "padding"), tags=READS_HOST)
+@without_autocast
+def store_prompt(
+    k: Tensor, v: Tensor, scores: Tensor | None, order: Tensor | None, lengths: Tensor | None, key: list[Tensor],
+    value: list[Tensor], kept: Tensor, length: Tensor, padding: Tensor, place: int, count: int, max_length: int,
+    config: str,
+) -> None:  # fmt: skip
+    """Compress a prompt into storages that hold nothing that is still needed.
+
+    Args:
+        k, v, scores, order, lengths, config: as for `minikv::compress`.
+        key, value: the layer's tensors, see `names`.
+        kept: uint8 [batch, kv_heads, ceil(max_length / 8)]: one bit per prompt token.
+        length: int64 []: logical tokens. padding: int64 [batch]: how many of them are padding.
+        place, count: of the layer among those that share a budget, and their number.
+
+    Raises:
+        ValueError: the prompt does not fit the storages; or its scores are missing: the policy observes attention, and
+            the prefill has not been rewritten.
+    """
+    settings = MiniKVConfig.from_json(config)
+    batch, heads, seq, dim = k.shape
+    dense = key[DENSE]
+    if (batch, heads, dim, k.dtype) != (dense.shape[0], dense.shape[1], dense.shape[3], dense.dtype):
+        raise ValueError(
+            f"MiniKVCache, layer {place}: keys {list(k.shape)} of {k.dtype}, but storages for a batch of "
+            f"{dense.shape[0]}, {dense.shape[1]} KV heads of {dense.shape[3]}, {dense.dtype}: make a MiniKVCache for "
+            "this model and batch_size."
+        )
+    if seq > max_length:
+        raise ValueError(f"MiniKVCache: a prompt of {seq} tokens, but room for {max_length}: raise max_cache_len.")
+    drops = settings.drops and seq >= max(settings.min_prompt, settings.sinks + settings.window + BLOCK)
+    if drops and settings.observed_queries is not None and scores is None:
+        raise ValueError(
+            f"MiniKVCache: the policy {settings.policy!r} looks at the prompt's attention, so the prefill must run "
+            "through the minikv backend too: model.compile(backend=...) and generate(..., disable_compile=True). (With "
+            "a CompileConfig, generate runs the prefill eagerly.)"
+        )
+    made = ops.compress_prompt(k, v, scores, order, lengths, place, count, config)
+    fields = ops.fields(settings, lengths is not None)
+    for tensors, part in ((key, made[: len(fields)]), (value, made[len(fields) :])):
+        parts = dict(zip(fields, part, strict=True))
+        for name, tensor in zip(names(settings), tensors, strict=True):
+            if name == "state":
+                tensor.copy_(parts[name])
+                tensor[:, OFFSET] -= seq
+            else:
+                stored = min(tensor.shape[2], parts[name].shape[2])
+                tensor[:, :, :stored] = parts[name][:, :, :stored]
+    bits = parts["kept"] if "kept" in parts else bits_of(k.new_ones(batch, heads, seq, dtype=torch.bool))
+    kept.zero_()
+    kept[..., : bits.shape[-1]] = bits
+    length.fill_(seq)
+    padding.copy_(torch.zeros_like(padding) if lengths is None else seq - lengths)
+
+
+@store_prompt.register_fake
+def _(k, v, scores, order, lengths, key, value, kept, length, padding, place, count, max_length, config):
+    return None
+
+
+@custom_op("minikv::make_room", mutates_args=("key", "value", "length"))
+@without_autocast
+def make_room(
+    key: list[Tensor], value: list[Tensor], length: Tensor, padding: Tensor, n: int, mask: Tensor | None,
+    max_length: int | None, config: str,
+) -> None:  # fmt: skip
+    """Count `n` more tokens, which `decode_attention` will append, and flush the rows that could not hold them.
+
+    Nothing on the host depends on the device: it can be captured in a CUDA graph.
+
+    Args:
+        n: 1, or any number where there is no tier.
+        mask: [batch or 1, 1, n, max_length], what the model's attention was to see: checked. None: checked elsewhere.
+        max_length: checked. None: checked elsewhere.
+
+    Raises:
+        ValueError: a token too many, or a mask that is not causal and padding. On a GPU, an assertion of the device.
+    """
+    settings = MiniKVConfig.from_json(config)
+    if max_length is not None:
+        check_step(mask, length, padding, n, max_length)
+    for role, tensors in zip(ROLES, (key, value), strict=True):
+        _flush_full(tensors, n, role, settings)
+        tensors[STATE][:, OFFSET] -= n
+    length += n
+
+
+@make_room.register_fake
+def _(key, value, length, padding, n, mask, max_length, config):
+    return None
+
+
+def _flush_full(tensors: list[Tensor], n: int, role: str, config: MiniKVConfig) -> None:
+    """Flush the rows whose dense region could not hold `n` more."""
+    *tier, dense, state = tensors
+    capacity = dense.shape[2]
+    # The host may ask a CPU. On a GPU, programs of the kernel that find nothing to do end at once.
+    if not tier or (not dense.is_cuda and not (used(state) + n > capacity).any()):
+        return
+    blocks = (capacity - config.sinks - config.window) // BLOCK
+    ops.flush(*tier, dense, state, 0, n, capacity, blocks, role, config.to_json())
+
+
+def check_step(mask: Tensor | None, length: Tensor, padding: Tensor, n: int, max_length: int) -> None:
+    """Raise unless `n` more tokens fit, and `mask` lets each see all tokens but padding and those after it."""
+    _require(
+        length + n <= max_length,
+        f"MiniKVCache is full: it has room for {max_length} tokens. Raise max_cache_len, or start a new cache.",
+    )
+    if mask is None:
+        return
+    allowed, fits = seen_keys(mask)
+    key = torch.arange(max_length, device=mask.device)
+    query = length + torch.arange(n, device=mask.device)
+    newest = allowed[:, -1:]
+    fits &= (allowed == (newest & (key <= query[:, None]))).all()
+    # Which tokens are padding the prefill has settled; that it is as many is checked here.
+    fits &= (newest[:, 0].sum(-1) == length + n - padding).all()
+    fits &= newest[:, 0].index_select(1, query.clamp(max=max_length - 1)).all()
+    _require(
+        fits,
+        "The attention mask does not fit the MiniKVCache: it must be causal, with the prompt's padding and no other. A "
+        "padded prompt needs its prefill under the minikv backend.",
+    )
+
+
+def seen_keys(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """bool [batch, queries, keys] of a mask [batch, 1, queries, keys], and whether it says yes or no everywhere."""
+    mask = mask[:, 0]
+    if mask.dtype == torch.bool:
+        return mask, torch.ones((), dtype=torch.bool, device=mask.device)
+    return mask == 0, ((mask == 0) | (mask <= VERY_NEGATIVE)).all()
+
+
+def _require(condition: Tensor, message: str) -> None:
+    if condition.is_cuda:
+        compat.assert_on_device(condition, message)
+    elif not condition:
+        raise ValueError(message)
+
+
+@custom_op("minikv::extend_attention", mutates_args=("key", "value", "length"))
+@without_autocast
+def extend_attention(
+    q: Tensor, k: Tensor, v: Tensor, key: list[Tensor], value: list[Tensor], length: Tensor, padding: Tensor,
+    mask: Tensor | None, max_length: int | None, scale: float, config: str,
+) -> Tensor:  # fmt: skip
+    """Append any number of tokens and attend from them; arguments as of `make_room` and `decode_attention`.
+
+    Returns:
+        [batch, heads, n, head_dim].
+    """
+    settings = MiniKVConfig.from_json(config)
+    n, dim = k.shape[2], k.shape[3]
+    if max_length is not None:
+        check_step(mask, length, padding, n, max_length)
+    k_dense, v_dense = (_room(t, n, role, settings) for role, t in zip(ROLES, (key, value), strict=True))
+    out = attention.attend(
+        q, k, v, tuple(key[:DENSE]) or None, tuple(value[:DENSE]) or None, k_dense, v_dense, key[STATE], n, scale,
+        settings.bits, settings.group, "token", settings.value_group(dim),
+        rotation_matrix(settings.rotation, dim, q.device),
+    )  # fmt: skip
+    _settle(key, k_dense, n, "key", settings)
+    _settle(value, v_dense, n, "value", settings)
+    length += n
+    return out
+
+
+@extend_attention.register_fake
+def _(q, k, v, key, value, length, padding, mask, max_length, scale, config):
+    return q.new_empty(q.shape)
+
+
+def _room(tensors: list[Tensor], n: int, role: str, config: MiniKVConfig) -> Tensor:
+    """The dense region, or, where it is not sure to hold `n` more tokens, a larger copy for a while."""
+    _flush_full(tensors, n, role, config)
+    dense = tensors[DENSE]
+    # A flush leaves room for one token at least.
+    return dense if n == 1 or config.bits == 16 else torch.nn.functional.pad(dense, (0, 0, 0, n))
+
+
+def _settle(tensors: list[Tensor], dense: Tensor, n: int, role: str, config: MiniKVConfig) -> None:
+    """Count the `n` tokens that were appended to `dense` (of `_room`), and bring it back to the storage."""
+    *tier, own, state = tensors
+    state[:, OFFSET] -= n
+    if dense is not own:
+        blocks = (dense.shape[2] - config.sinks - config.window) // BLOCK
+        ops.flush(*tier, dense, state, 0, 0, own.shape[2], blocks, role, config.to_json())
+        own.copy_(dense[:, :, : own.shape[2]])
+
+
+@custom_op("minikv::update", mutates_args=("key", "value", "length"))
+@without_autocast
+def update(
+    k: Tensor, v: Tensor, key: list[Tensor], value: list[Tensor], kept: Tensor, length: Tensor, padding: Tensor,
+    max_length: int, config: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Append new tokens, and return all of them dense, for an attention of the model's own. The pass replaces this op,
+    and that attention, by `decode_attention` or `extend_attention`.
+
+    Returns:
+        keys and values, [batch, kv_heads, max_length, head_dim]; zeros for what is not stored.
+
+    Raises:
+        RuntimeError: the policy drops tokens: dense attention would take them for zeros.
+    """
+    settings = MiniKVConfig.from_json(config)
+    n = k.shape[2]
+    if settings.drops:
+        raise RuntimeError(
+            f"MiniKVCache with the policy {settings.policy!r}: dense attention would take dropped tokens for zeros. "
+            "Run the model through the minikv backend: generate(..., compile_config=CompileConfig(backend='minikv'))."
+        )
+    if n == 1:
+        _warn_dense()
+    check_step(None, length, padding, n, max_length)
+    slots = length + torch.arange(n, device=k.device)
+    read = []
+    for role, tensors, new in zip(ROLES, (key, value), (k, v), strict=True):
+        dense = _room(tensors, n, role, settings)
+        read.append(read_dense(tensors, kept, length, max_length, role, settings).index_copy_(2, slots, new))
+        attention.append(dense, new, tensors[STATE], n)
+        _settle(tensors, dense, n, role, settings)
+    length += n
+    return read[0], read[1]
+
+
+@update.register_fake
+def _(k, v, key, value, kept, length, padding, max_length, config):
+    shape = k.shape[0], k.shape[1], max_length, k.shape[3]
+    return k.new_empty(shape), v.new_empty(shape)
+
+
+@cache
+def _warn_dense() -> None:
+    log.warning(
+        "A MiniKVCache is decoded by dense attention: correct, but slow, and a layer's cache is dense for a moment. "
+        "Run the model through the minikv backend: model.compile(backend=minikv_backend) and "
+        "generate(..., disable_compile=True), or generate(..., compile_config=CompileConfig(backend='minikv'))."
+    )
+
+
+def read_dense(
+    tensors: list[Tensor], kept: Tensor, length: Tensor, size: int, role: str, config: MiniKVConfig
+) -> Tensor:
+    """[batch, kv_heads, size, head_dim]: the first `size` tokens; zeros for what is not stored."""
+    *tier, dense, state = tensors
+    stored = ops.dequantize(*(tier or (None, None, None)), dense, state, None, size, role, config.to_json())
+    return ops.place_tokens(stored, ops.tokens_kept(kept, state[:, IN_TIER] + used(state), length, size))
+
+
+@custom_op("minikv::padding_of", mutates_args=(), tags=READS_HOST)
+def padding_of(mask: Tensor) -> Tensor:
+    """Which prompt tokens are no padding, of a mask [batch, 1, seq, seq] that came from outside of the graph.
+
+    Returns:
+        bool [batch, seq].
+
+    Raises:
+        ValueError: the mask says anything else than causal and padding.
+    """
+    allowed, fits = seen_keys(mask)
+    valid = allowed[:, -1].clone()
+    if not (fits & (allowed == (valid[:, None] & torch.ones_like(allowed).tril())).all()):
+        raise ValueError("The attention mask of a prompt for a MiniKVCache must be causal, with padding at most.")
+    return valid
+
+
+@padding_of.register_fake
+def _(mask):
+    return mask.new_empty((mask.shape[0], mask.shape[3]), dtype=torch.bool)
