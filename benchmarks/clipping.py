@@ -5,21 +5,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from minikv_compile.cli import load
+from minikv_compile.kernels.packing import BLOCK, dequantize, quantize
+from minikv_compile.rotation import hadamard
+from minikv_compile.tasks import make_sample
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples" / "tiny_decoder"))
-
-from tasks import make_sample  # noqa: E402
-
-from minikv_compile.cli import load  # noqa: E402
-from minikv_compile.kernels.packing import BLOCK, dequantize, quantize  # noqa: E402
-from minikv_compile.rotation import hadamard  # noqa: E402
-
 GROUP, QUERIES, SHARES = 64, 128, (1.0, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 
 

@@ -10,7 +10,6 @@ likeliest one. Minutes on a CPU, and the same prompts for every variant, so that
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -22,19 +21,15 @@ from rich.progress import track
 from rich.table import Table
 from transformers import DynamicCache
 
+from minikv_compile.cli import load
+from minikv_compile.config import MiniKVConfig
+from minikv_compile.kernels.packing import BLOCK, dequantize, quantize
+from minikv_compile.ops import grouping
+from minikv_compile.provenance import provenance
+from minikv_compile.rotation import rotation_matrix
+from minikv_compile.tasks import make_sample
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples" / "tiny_decoder"))
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from provenance import provenance  # noqa: E402
-from tasks import make_sample  # noqa: E402
-
-from minikv_compile.cli import load  # noqa: E402
-from minikv_compile.config import MiniKVConfig  # noqa: E402
-from minikv_compile.kernels.packing import BLOCK, dequantize, quantize  # noqa: E402
-from minikv_compile.ops import grouping  # noqa: E402
-from minikv_compile.rotation import rotation_matrix  # noqa: E402
-
 SEED = 500_000
 """First seed of the prompts: not those of accuracy.py."""
 

@@ -7,27 +7,23 @@ and with two presets; print answers, measured bytes and time, and draw which tok
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from minikv_compile.cli import compare, load
+from minikv_compile.measure import FULL, answers_table, draw_kept, figures_table, layers_table
+from minikv_compile.tasks import make_sample
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "tiny_decoder"))
-
-from tasks import is_correct, make_sample  # noqa: E402
-
-from minikv_compile.cli import compare, load  # noqa: E402
-from minikv_compile.measure import FULL, answers_table, draw_kept, figures_table, layers_table  # noqa: E402
-
 METHODS = [FULL, "default", "minikv"]
 
 
 def main(
     length: Annotated[int, typer.Option(help="Tokens of the prompt, question included.")] = 8192,
-    tasks: Annotated[str, typer.Option(help="Comma-separated tasks of examples/tiny_decoder/tasks.py.")] = "single,tracking",
+    tasks: Annotated[str, typer.Option(help="Comma-separated tasks of `minikv eval`.")] = "single,tracking",
     seed: int = 0,
     new_tokens: int = 24,
     inner: str = "auto",
@@ -42,7 +38,8 @@ def main(
         console.print(f"[bold]Question:[/bold] {sample.question.strip()}   [bold]Planted:[/bold] {sample.answer}")
         runs = compare(model, tokenizer, sample.prompt + sample.question, METHODS, new_tokens, inner)
         console.print(answers_table(runs))
-        console.print(" ".join(f"{run.method}: {'right' if is_correct(sample, run.answer) else 'wrong'}." for run in runs))
+        verdicts = (f"{run.method}: {'right' if sample.score(run.answer) == 1 else 'wrong'}." for run in runs)
+        console.print(" ".join(verdicts))
         console.print(figures_table(runs))
         results.append({"task": task, "planted": sample.answer, "runs": [run.figures() for run in runs]})
     console.print(layers_table(runs))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,11 +14,18 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .config import PRESETS
-from .measure import FULL, Measurement, answers_table, draw_kept, figures_table, layers_table, measure
+from .config import PRESETS, ConfigError
+from .evaluate import PLACES, TEXT, Group, make_group, record_groups, run_methods
+from .longbench import METRICS, TEMPLATE, load_records
+from .measure import FULL, Measurement, answers_table, draw_kept, figures_table, layers_table, measure, parse_method
+from .provenance import provenance
 from .report import explain as explain_model
+from .results import draw_pareto, tables
+from .tasks import FACT_TASKS, TASKS
 
-METHODS = f'"{FULL}" (the dense cache) or a preset: {", ".join(PRESETS)}. Repeat to compare.'
+METHODS = f'"{FULL}" (the dense cache) or a preset ({", ".join(PRESETS)}), changed or not: "default:group=32:bits=4"'
+REPLY = 512
+"""Tokens of the longest reply that a data set asks for."""
 
 app = typer.Typer(help="Run decoder LLMs from a packed 2-bit KV cache.", no_args_is_help=True, add_completion=False)
 console = Console()
@@ -23,7 +33,10 @@ console = Console()
 Model = Annotated[str, typer.Option(help="Path or name of a Hugging Face causal LM.")]
 Device = Annotated[str, typer.Option(help='"cpu", "cuda", or "auto": CUDA where there is one.')]
 Dtype = Annotated[str, typer.Option(help='"bfloat16", "float16", "float32", or "auto": the checkpoint\'s.')]
-Inner = Annotated[str, typer.Option(help='Compiler of the rewritten graph: "inductor", "eager", or "auto" (Inductor on CUDA).')]
+Inner = Annotated[
+    str, typer.Option(help='Compiler of the rewritten graph: "inductor", "eager", or "auto" (Inductor on CUDA).')
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures here.")]
 
 
 def load(path: str, device: str = "auto", dtype: str = "auto"):
@@ -40,16 +53,31 @@ def inner_for(model, inner: str) -> str:
     return inner if inner != "auto" else "inductor" if model.device.type == "cuda" else "eager"
 
 
+def progress_of(unit: str) -> Progress:
+    """A progress bar that counts `unit`."""
+    counter = TextColumn("{task.completed}/{task.total} " + unit)
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), counter, TimeElapsedColumn(), console=console, transient=True
+    )
+
+
+def check_methods(methods: list[str], option: str) -> None:
+    """Name what is wrong with a method before a model is loaded."""
+    for method in methods:
+        try:
+            parse_method(method)
+        except ConfigError as error:
+            raise typer.BadParameter(str(error), param_hint=option) from None
+
+
 def compare(model, tokenizer, prompt: str, methods: list[str], max_new_tokens: int, inner: str) -> list[Measurement]:
     """Answer one prompt with each method, with a progress bar."""
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} tokens"), TimeElapsedColumn()
     runs = []
-    with Progress(*columns, console=console, transient=True) as progress:
+    with progress_of("tokens") as progress:
         for method in methods:
             task = progress.add_task(f"{method}: prefill and decode", total=max_new_tokens)
-            run = measure(
-                model, tokenizer, prompt, method, max_new_tokens, inner_for(model, inner), lambda: progress.advance(task)
-            )
+            advance = partial(progress.advance, task)
+            run = measure(model, tokenizer, prompt, method, max_new_tokens, inner_for(model, inner), advance)
             progress.update(task, completed=max_new_tokens)
             runs.append(run)
     return runs
@@ -60,19 +88,17 @@ def generate(
     model: Model,
     prompt_file: Annotated[Path, typer.Option(help="Text file with the prompt, question included.", exists=True)],
     method: Annotated[
-        list[str], typer.Option(help=METHODS)
+        list[str], typer.Option(help=METHODS + ". Repeat to compare.")
     ] = [FULL, "default", "minikv"],  # noqa: B006
     max_new_tokens: int = 64,
     device: Device = "auto",
     dtype: Dtype = "auto",
     inner: Inner = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    json_file: Json = None,
     picture: Annotated[Path | None, typer.Option(help="Write a picture of which tokens each layer kept (PNG).")] = None,
 ) -> None:
     """Answer a prompt with each method; print the answers, the measured bytes and the time."""
-    for name in method:
-        if name != FULL and name not in PRESETS:
-            raise typer.BadParameter(f"{name!r} is neither {FULL!r} nor a preset ({', '.join(PRESETS)})")
+    check_methods(method, "--method")
     lm, tokenizer = load(model, device, dtype)
     runs = compare(lm, tokenizer, prompt_file.read_text(), method, max_new_tokens, inner)
     for table in (answers_table(runs, "Answers"), figures_table(runs), layers_table(runs)):
@@ -92,7 +118,116 @@ def explain(
 ) -> None:
     """Say which attention sites of a model are rewritten, and why the others are not."""
     lm, tokenizer = load(model, device, dtype)
-    console.print(str(explain_model(lm, input_ids=torch.randint(0, lm.config.vocab_size, (1, tokens), device=lm.device))))
+    ids = torch.randint(0, lm.config.vocab_size, (1, tokens), device=lm.device)
+    console.print(str(explain_model(lm, input_ids=ids)))
+
+
+def listed(text: str, names: tuple[str, ...], option: str) -> list[str]:
+    """A comma-separated option, each part one of `names`."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    for part in parts:
+        if part not in names:
+            raise typer.BadParameter(f"{part!r} is none of {', '.join(names)}", param_hint=option)
+    return parts
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """A comma-separated option of positive numbers."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise typer.BadParameter(f"{text!r}: must be numbers of tokens, as in 4096,8192", param_hint=option)
+    return [int(part) for part in text.split(",")]
+
+
+def generated(names: list[str], lengths: list[int], **settings) -> list[Group]:
+    """The prompts of the generated tasks (`make_group`)."""
+    try:
+        return [make_group(task, length, **settings) for length in lengths for task in names]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def recorded(path: Path, model, tokenizer, max_length: int | None, chat: bool, **settings) -> list[Group]:
+    """The prompts of a file (`load_records`)."""
+    max_length = max_length or model.config.get_text_config().max_position_embeddings - REPLY
+    try:
+        return record_groups(load_records(path, tokenizer, max_length, **settings), max_length, tokenizer, chat)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error), param_hint="--jsonl") from None
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help=f"Comma-separated, of {', '.join((*TASKS, TEXT))}.", show_default=",".join(FACT_TASKS)),
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Of prompt and question, or of the text's prefix, in tokens.")] = "4096",
+    methods: Annotated[str, typer.Option(help=f"Comma-separated; each {METHODS}.")] = f"{FULL},default,minikv",
+    places: Annotated[
+        str, typer.Option(help="Where the question is: inside the compressed prompt, after it, or both.")
+    ] = ",".join(PLACES),
+    prompts: Annotated[int, typer.Option(min=1, help="Per task and length; of a file, per data set.")] = 50,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at once, where the question is inside.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the first prompt. The default was not tuned on.")] = 1_000_000,
+    continuation: Annotated[int, typer.Option(min=1, help=f"{TEXT}: tokens to predict after the prefix.")] = 256,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask in the tokenizer's chat template.")] = False,
+    jsonl: Annotated[
+        Path | None, typer.Option(help="A file in LongBench's format, asked instead of or beside --tasks.", exists=True)
+    ] = None,
+    prompt_template: Annotated[
+        str, typer.Option(help="For --jsonl: a text with {context} and {input}, or a JSON file with one per data set.")
+    ] = TEMPLATE,
+    metric: Annotated[
+        str | None, typer.Option(help=f"For --jsonl, if not the data set's own: {', '.join(METRICS)}.")
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="For --jsonl: longer prompts lose the middle.", show_default=f"the model's - {REPLY}"),
+    ] = None,
+    minutes: Annotated[
+        float, typer.Option(help="Start no new cell after so long.", show_default="no limit")
+    ] = float("inf"),
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    inner: Inner = "auto",
+    json_file: Json = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw accuracy over bytes here (PNG).")] = None,
+) -> None:
+    """Score methods on long-context tasks, with the bytes that they took."""
+    started = time.monotonic()
+    names = listed(tasks or ("" if jsonl else ",".join(FACT_TASKS)), (*TASKS, TEXT), "--tasks")
+    tokens, where = numbers(lengths, "--lengths"), listed(places, PLACES, "--places")
+    listed(metric or "", tuple(METRICS), "--metric")
+    chosen = re.split(r",(?![^\[]*\])", methods)  # not at the commas of a list
+    check_methods(chosen, "--methods")
+    torch.manual_seed(seed)
+    lm, tokenizer = load(model, device, dtype)
+    settings = dict(prompts=prompts, seed=seed, batch=batch, chat=chat, continuation=continuation)
+    groups = generated(names, tokens, tokenizer=tokenizer, **settings)
+    if jsonl is not None:
+        settings = dict(template=prompt_template, metric=metric, limit=prompts)
+        groups += recorded(jsonl, lm, tokenizer, max_length, chat, **settings)
+    about = {**provenance(lm.device), "model": model, "dtype": str(lm.dtype).removeprefix("torch."), "seed": seed}
+    cells = []
+    with progress_of("prompts") as progress:
+        bar = progress.add_task("", total=len(chosen) * sum(len(group) * len(group.asked(where)) for group in groups))
+
+        def advance(method: str, n: int) -> None:
+            progress.update(bar, description=method, advance=n)
+
+        for cell in run_methods(lm, tokenizer, chosen, groups, where, inner_for(lm, inner), advance):
+            cells.append(cell)
+            if not console.is_terminal:  # no progress bar: a line in the log
+                print(json.dumps(cell.figures()), flush=True)
+            if json_file is not None:  # after each cell: a run that is killed leaves what it has
+                json_file.write_text(json.dumps({**about, "cells": [c.figures() for c in cells]}, indent=1) + "\n")
+            if time.monotonic() - started > 60 * minutes:
+                break
+    for table in tables(cells):
+        console.print(table)
+    if plot is not None:
+        draw_pareto(cells, plot)
 
 
 if __name__ == "__main__":

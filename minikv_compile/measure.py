@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from rich.table import Table
 from transformers.generation.streamers import BaseStreamer
 
 from .backend import MiniKVBackend
-from .config import MiniKVConfig
+from .config import ConfigError, MiniKVConfig
 from .report import CacheReport, cache_report
 from .tensor import SEQ, KVTensor
 
@@ -63,15 +64,43 @@ class _Clock(BaseStreamer):
         pass
 
 
-@contextmanager
-def compiled_forward(model: torch.nn.Module, config: MiniKVConfig | None, inner: str) -> Iterator[None]:
-    """`model` with its forward compiled by a MiniKV backend, and back to what it was; None leaves it alone."""
-    if config is None:
-        yield
-        return
-    model.forward = torch.compile(model.forward, backend=MiniKVBackend(config, inner))
+def parse_method(text: str) -> MiniKVConfig | None:
+    """A preset, with changes to single fields: "default:group=32:policy=observation_window". None for "full".
+
+    Raises:
+        ConfigError: unknown preset or field, or a value out of range.
+    """
+    if text == FULL:
+        return None
+    preset, *changes = text.split(":")
+    fields = dict(change.partition("=")[::2] for change in changes)
+    for name in fields:
+        if name not in MiniKVConfig.__dataclass_fields__:
+            raise ConfigError(f"{text!r}: MiniKVConfig has no field {name!r}.")
+    return MiniKVConfig.preset(preset, **{name: _value(value) for name, value in fields.items()})
+
+
+def _value(text: str) -> Any:
     try:
-        yield
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+@contextmanager
+def compiled_forward(model: torch.nn.Module, config: MiniKVConfig | None, inner: str) -> Iterator[Callable[..., Any]]:
+    """`model` with its forward compiled by a MiniKV backend, and back to what it was; None leaves it alone.
+
+    Yields:
+        The forward that compresses nothing.
+    """
+    plain = model.forward
+    if config is None:
+        yield plain
+        return
+    model.forward = torch.compile(plain, backend=MiniKVBackend(config, inner))
+    try:
+        yield plain
     finally:
         del model.forward
         torch.compiler.reset()
@@ -84,13 +113,11 @@ def measure(
     """Answer `prompt` greedily.
 
     Args:
-        method: "full", the name of a preset, or a configuration.
+        method: "full", a preset with or without changes (`parse_method`), or a configuration.
         inner: compiler of the rewritten graphs.
         on_token: called for each new token.
     """
-    config = method if isinstance(method, MiniKVConfig) else None
-    if config is None and method != FULL:
-        config = MiniKVConfig.preset(method)
+    config = method if isinstance(method, MiniKVConfig) else parse_method(method)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     clock = _Clock(on_token)
     with compiled_forward(model, config, inner), torch.no_grad():
@@ -164,7 +191,8 @@ def draw_kept(runs: list[Measurement], path: Path) -> None:
 
     figure, panels = plt.subplots(len(runs), 1, figsize=(11, 1.1 + 1.9 * len(runs)), sharex=True, squeeze=False)
     for panel, run in zip(panels[:, 0], runs, strict=True):
-        image = panel.imshow(torch.tensor(run.kept), aspect="auto", interpolation="antialiased", cmap="viridis", vmin=0, vmax=1)
+        style = dict(aspect="auto", interpolation="antialiased", cmap="viridis", vmin=0, vmax=1)
+        image = panel.imshow(torch.tensor(run.kept), **style)
         panel.set_ylabel("layer")
         share = run.cache.bytes / run.cache.dense_bytes
         panel.set_title(f"{run.method}: {share:.1%} of the dense cache's bytes", fontsize=10, loc="left")

@@ -28,8 +28,10 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).parent))
-import tasks  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import _path  # noqa: E402, F401  the package without what it depends on
+
+from minikv_compile import tasks  # noqa: E402
 
 START = time.monotonic()
 
@@ -197,7 +199,7 @@ class SequenceMaker:
 
         pieces, kinds, done = [self.bos], [np.zeros(1, np.uint8)], 0
         at_line = [int(min(depth, 1) * (len(lines) - 1)) for depth, *_ in events]
-        for line, (_, ids, kind, n_answer) in zip(at_line, events):
+        for line, (_, ids, kind, n_answer) in zip(at_line, events, strict=False):
             cut = lines[line]
             if cut > done:
                 pieces.append(source[done:cut])
@@ -245,7 +247,7 @@ class Batches(torch.utils.data.IterableDataset):
             shares = next(shares for end, shares in CURRICULUM if self.progress.value <= end)
             length = int(self.max_length * rng.choices(list(shares), list(shares.values()))[0])
             rows = [self.maker.make(length + 1, rng) for _ in range(self.tokens // length)]
-            yield tuple(torch.from_numpy(np.stack(column)) for column in zip(*rows))
+            yield tuple(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=False))
 
 
 # Model
@@ -405,11 +407,11 @@ def make_example(task: str, length: int, seed: int) -> Example:
 
 def make_examples(lengths: list[int], n: int, workers: int) -> dict[int, list[Example]]:
     tasks.source_text("eval")  # Read once, here, and inherited.
-    jobs = [(task, length, seed) for length in lengths for task in tasks.TASKS for seed in range(n)]
+    jobs = [(task, length, seed) for length in lengths for task in tasks.FACT_TASKS for seed in range(n)]
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-        examples = list(pool.map(make_example, *zip(*jobs), chunksize=8))
-    return {length: [e for e, job in zip(examples, jobs) if job[1] == length] for length in lengths}
+        examples = list(pool.map(make_example, *zip(*jobs, strict=False), chunksize=8))
+    return {length: [e for e, job in zip(examples, jobs, strict=False) if job[1] == length] for length in lengths}
 
 
 @torch.inference_mode()
@@ -422,7 +424,7 @@ def exact_match(runner: Runner, examples: list[Example], device, n_tokens: int =
         batch = examples[i:i + batch_size]
         ids = torch.tensor([e.ids + [0] * (longest - len(e.ids)) for e in batch], device=device)
         hidden = runner.hidden(ids).unflatten(0, ids.shape)
-        for e, row, states in zip(batch, ids, hidden):
+        for e, row, states in zip(batch, ids, hidden, strict=False):
             answer = slice(len(e.ids) - e.n_answer, len(e.ids))
             predicted = runner.logits(states[answer.start - 1:answer.stop - 1]).argmax(-1)
             right[e.task].append((predicted == row[answer]).all())
@@ -624,7 +626,7 @@ def results_table(results: dict) -> str:
     lengths = results["exact_match"]
     rows = ["| task | " + " | ".join(f"{length} tokens" for length in lengths) + " |",
             "| --- |" + " ---: |" * len(lengths)]
-    rows += [f"| {task} | " + " | ".join(f"{lengths[n][task]:.1%}" for n in lengths) + " |" for task in tasks.TASKS]
+    rows += [f"| {task} | " + " | ".join(f"{lengths[n][task]:.1%}" for n in lengths) + " |" for task in tasks.FACT_TASKS]
     return (f"Exact match on {results['samples_per_cell']} evaluation samples per cell, and "
             f"{results['bits_per_byte']:.3f} bits per byte of held-out source code, with the weights in bf16, as shipped. "
             f"Trained on {results['training_tokens'] / 1e6:.0f}M tokens in {results['minutes']:.1f} minutes on one "
