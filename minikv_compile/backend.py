@@ -21,8 +21,8 @@ from .tensor import KVTensor
 
 log = logging.getLogger("minikv")
 
-_rewritten_parameters: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
-"""Parameters of graphs in which a site was rewritten, by id: how `is_active` knows a model."""
+_rewritten: dict[tuple[int, ...], tuple[weakref.ref[torch.Tensor], ...]] = {}
+"""The parameters of each graph in which a site was rewritten, by their ids: how `is_active` knows a model."""
 
 
 class MiniKVBackend:
@@ -40,22 +40,24 @@ class MiniKVBackend:
     def __init__(self, config: MiniKVConfig | None = None, inner: str | Callable = "inductor"):
         if config is not None and not isinstance(config, MiniKVConfig):
             raise TypeError(f"config must be a MiniKVConfig, not {type(config).__name__}.")
+        if not isinstance(inner, str) and not callable(inner):
+            raise TypeError(f"inner must be the name of a backend or a callable, not {type(inner).__name__}.")
         self.config = config or MiniKVConfig()
         self.inner = inner
         self.graphs: list[list[SiteReport]] = []
-        compat.allow_graphs(64)
         self.records = True  # whether what it rewrites makes a model active
 
     def __call__(
         self, module: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None,
         options: dict[str, Any] | None = None, **unused: Any,
     ) -> Callable:  # fmt: skip
-        """Compile one Dynamo graph. `mode` and `options` go to `inner` when it is "inductor".
+        """Compile one Dynamo graph. `mode` and `options` go to `inner` when it is "inductor", and mean nothing elsewhere.
 
         Raises:
             RewriteError: gradients are on, a cache of another configuration came in, or, with `strict`, a site that
                 cannot be rewritten.
         """
+        compat.allow_graphs(64)  # a cache, a batch of another size and a mask each make one
         inner = compat.inner_compiler(self.inner, mode, options)
         originals = [node for node in module.graph.nodes if node.op == "placeholder"]
         if os.environ.get("MINIKV_DISABLE") == "1" and not any(isinstance(example(n), KVTensor) for n in originals):
@@ -64,10 +66,10 @@ class MiniKVBackend:
         rewritten = rewriter.run()
         if not rewritten.sites and not rewritten.fields:
             return inner(module, example_inputs)
-        self._check_gradients(example_inputs)
         self._report(rewritten.sites)
         if not rewritten.outputs_changed:
             return inner(module, example_inputs)
+        self._check_gradients(example_inputs)
         inputs, boundary = desugar(rewritten, rewriter.originals, example_inputs, self.config)
         boundary.compiled = inner(rewritten.module, inputs)
         if self.records:
@@ -107,7 +109,10 @@ class MiniKVBackend:
 
 
 def _record(places: list[int], args: Sequence[Any]) -> None:
-    _rewritten_parameters.update({id(args[i]): args[i] for i in places})
+    for ids, refs in list(_rewritten.items()):
+        if any(ref() is None for ref in refs):
+            del _rewritten[ids]
+    _rewritten[tuple(id(args[i]) for i in places)] = tuple(weakref.ref(args[i]) for i in places)
 
 
 minikv_backend = MiniKVBackend()
@@ -136,4 +141,6 @@ def is_active(model: torch.nn.Module) -> bool:
 
     `torch.compile(model, backend=...).generate(...)` compiles nothing: then this is False.
     """
-    return any(_rewritten_parameters.get(id(p)) is p for p in model.parameters())
+    mine = {id(p): p for p in model.parameters()}
+    # All of them: one may be another model's too.
+    return any(all(ref() is not None and mine.get(id(ref())) is ref() for ref in refs) for refs in _rewritten.values())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from .kernels.packing import BLOCK, value_group
-from .policy import KEEP_ALL, LAYER_BUDGETS, POLICIES, Policy
+from .policy import KEEP_ALL, LAYER_BUDGETS, POLICIES, Policy, register
 from .rotation import ROTATIONS
 
 PRESETS: dict[str, dict] = {
@@ -19,6 +20,10 @@ PRESETS: dict[str, dict] = {
     ),
     "lossless": dict(bits=16, rotation="none", sinks=0, window=0),
 }  # fmt: skip
+
+
+MAX_DENSE = 65536
+"""Most sinks, and most tokens of a window."""
 
 
 class ConfigError(ValueError):
@@ -95,14 +100,18 @@ class MiniKVConfig:
             type(self.clip) in (int, float) and 0 < self.clip <= 1, "clip", "a share of the range in (0, 1]",
         )  # fmt: skip
         check(self.rotation in list(ROTATIONS), "rotation", f"one of {', '.join(ROTATIONS)}")
-        check(count(self.sinks), "sinks", "a number of tokens, 0 or more")
-        check(count(self.window), "window", "a number of tokens, 0 or more")
+        for name in ("sinks", "window"):  # every row of every layer has room for them from the start
+            ok = count(getattr(self, name)) and getattr(self, name) <= MAX_DENSE
+            check(ok, name, f"a number of tokens from 0 to {MAX_DENSE}")
         check(
             count(self.buffer) and self.buffer >= BLOCK and self.buffer % BLOCK == 0,
             "buffer", f"a positive multiple of {BLOCK} tokens",
         )  # fmt: skip
         if isinstance(self.policy, Policy):
-            POLICIES[self.policy.name] = self.policy
+            try:
+                register(self.policy)
+            except ValueError as error:
+                raise ConfigError(f"MiniKVConfig.policy: {error}") from None
             object.__setattr__(self, "policy", self.policy.name)
         check(self.policy in list(POLICIES), "policy", f"one of {', '.join(POLICIES)}, or a Policy")
         check(count(self.observed) and self.observed > 0, "observed", "a positive number of tokens")
@@ -113,11 +122,12 @@ class MiniKVConfig:
             object.__setattr__(self, "layer_budget", tuple(self.layer_budget))
         shares = self.layer_budget if isinstance(self.layer_budget, tuple) else ()
         check(
-            all(type(share) in (int, float) and share >= 0 for share in shares) and sum(shares) > 0
+            all(type(share) in (int, float) and 0 <= share < math.inf for share in shares) and sum(shares) > 0
             if shares else self.layer_budget in list(LAYER_BUDGETS),
             "layer_budget", f"one of {', '.join(LAYER_BUDGETS)}, or each layer's share",
         )  # fmt: skip
-        check(type(self.pyramid_depth) in (int, float) and self.pyramid_depth >= 1, "pyramid_depth", "at least 1")
+        depth = self.pyramid_depth
+        check(type(depth) in (int, float) and 1 <= depth < math.inf, "pyramid_depth", "a finite number, at least 1")
         check(
             all(isinstance(layer, int) and not isinstance(layer, bool) for layer in self.skip_layers),
             "skip_layers", "a tuple of layer indices",

@@ -180,6 +180,26 @@ POLICIES: dict[str, Policy | None] = {
 """By name; None keeps all."""
 
 
+OBSERVES = ("nothing", "all", "last")
+
+
+def register(policy: Policy) -> None:
+    """Make a policy known by its name.
+
+    Raises:
+        ValueError: no name, an unknown `observes`, or the name of another policy. (A configuration is text, in ops and
+            in saved caches: a name stands for one policy only.)
+    """
+    name = getattr(policy, "name", None)
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{type(policy).__name__} needs a `name`, a text.")
+    if policy.observes not in OBSERVES:
+        raise ValueError(f"{name}: `observes` is {policy.observes!r}, must be one of {', '.join(OBSERVES)}.")
+    known = POLICIES.setdefault(name, policy)
+    if known is not policy and (type(known) is not type(policy) or vars(known) != vars(policy)):
+        raise ValueError(f"the name {name!r} is taken by another policy; give this one a name of its own.")
+
+
 def within_budget(scores: Tensor, length: int, layer: int, layers: int, config: MiniKVConfig) -> Tensor:
     """Sinks, the newest `recent` tokens and, of the rest, the `heavy` tokens with the highest scores.
 
@@ -206,6 +226,9 @@ def select(prompts: Sequence[Prompt], layer: int, layers: int, config: MiniKVCon
     def row(prompt: Prompt) -> Tensor:
         if prompt.n < config.sinks + config.window + BLOCK:  # nothing of it will be packed: dropping would save no byte
             return torch.arange(prompt.n, device=prompt.keys.device).expand(prompt.keys.shape[0], -1)
-        return within_budget(policy.score(prompt, config), prompt.n, layer, layers, config)
+        scores, expected = policy.score(prompt, config), (prompt.keys.shape[0], prompt.n)
+        if scores.shape != expected:
+            raise ValueError(f"Policy {policy.name!r}: scores are {tuple(scores.shape)}, must be {expected}.")
+        return within_budget(scores, prompt.n, layer, layers, config)
 
     return [row(prompt) for prompt in prompts]

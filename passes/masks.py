@@ -284,5 +284,6 @@ def reduces_to_padding(predicate: Predicate, queries: Any, keys: Any) -> bool:
     """Whether the predicate is exactly "causal and padding" for the newest `queries` of `keys` tokens."""
     if predicate.sliding or len(predicate.padding) > 1:
         return False
-    causal = [offset for offset in predicate.causal if not same(offset, keys - queries)]
+    # Where sizes have symbols of their own (each layer's cache may), their equality becomes a guard.
+    causal = [offset for offset in predicate.causal if not (same(offset, keys - queries) or offset == keys - queries)]
     return not causal and (bool(predicate.causal) or same(queries, 1))

@@ -85,6 +85,8 @@ def _read_call(node: Node, layer: int) -> Site:
         raise NotTaken("attention dropout: call model.eval()")
     query, key, value = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
     scale = argument(node, 6, "scale")
+    if isinstance(example(scale), torch.SymFloat):  # `dynamic=True`: becomes a constant, with a guard
+        scale = float(example(scale))
     if isinstance(scale, Node):
         raise NotTaken("its scale is computed in the graph")
     scale = float(shape(query)[-1] ** -0.5 if scale is None else scale)

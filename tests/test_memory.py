@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from .helpers import PlainDecoder, make_backend, prompt, tiny
@@ -23,13 +24,19 @@ def allocations(function):
     return max(changes), peak, result
 
 
-def measure(preset, layers, length, padded):
-    """Of a prefill that was compiled before."""
+def masked(q, k, v, past):
+    """As transformers attends where it makes a mask of every prompt."""
+    mask = torch.arange(k.shape[2])[None, None, None] <= torch.arange(q.shape[2])[None, None, :, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def measure(preset, layers, length, kind):
+    """Of a prefill that was compiled before; "causal", "masked" (causal, by a mask), or "padded"."""
     torch._dynamo.reset()
     backend = make_backend(preset) if preset else "eager"
     sizes = {"layers": layers, "heads": 2 * HEADS, "kv_heads": HEADS, "head_dim": HEAD_DIM}
     ids = prompt(length, batch=2)
-    if padded:
+    if kind == "padded":
         model = tiny(**sizes)
         model.compile(backend=backend)
         mask = torch.ones_like(ids)
@@ -38,7 +45,7 @@ def measure(preset, layers, length, padded):
         def prefill():
             return model(ids, attention_mask=mask, use_cache=True, logits_to_keep=1).past_key_values
     else:
-        model = PlainDecoder(**sizes)
+        model = PlainDecoder(*([masked] if kind == "masked" else []), **sizes)
         model.head = torch.nn.Identity()  # logits of the whole prompt would outweigh the rest
         model.compile(backend=backend)
 
@@ -51,25 +58,25 @@ def measure(preset, layers, length, padded):
     return largest, peak
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", ["causal", "masked", "padded"])
 @pytest.mark.parametrize("preset", ["default", "minikv"])
-def test_prefill_is_linear_and_holds_one_dense_layer(preset, padded):
+def test_prefill_is_linear_and_holds_one_dense_layer(preset, kind):
     layer = 2 * 2 * HEADS * LONG * HEAD_DIM * 4  # dense keys and values of one layer: batch of two, fp32
-    largest, peak = measure(preset, 2, LONG, padded)
-    shorter_largest, shorter_peak = measure(preset, 2, SHORT, padded)
+    largest, peak = measure(preset, 2, LONG, kind)
+    shorter_largest, shorter_peak = measure(preset, 2, SHORT, kind)
     assert largest <= 2.1 * shorter_largest
     assert peak <= 2.1 * shorter_peak
-    _, deeper = measure(preset, 6, LONG, padded)
+    _, deeper = measure(preset, 6, LONG, kind)
     # Four more layers cost four more compressed caches, not four dense ones.
     assert deeper - peak <= 4 * 0.45 * layer
 
 
 def test_the_measure_sees_a_dense_cache_and_a_dense_mask():
-    """Without the backend the same numbers are those of a dense cache, and a [seq, seq] mask where there is padding."""
+    """Without the backend the same numbers are those of a dense cache, and a [seq, seq] mask where there is one."""
     layer = 2 * 2 * HEADS * LONG * HEAD_DIM * 4
-    _, shallow = measure(None, 2, LONG, False)
-    _, deep = measure(None, 6, LONG, False)
+    _, shallow = measure(None, 2, LONG, "causal")
+    _, deep = measure(None, 6, LONG, "causal")
     assert deep - shallow >= 4 * 0.95 * layer
-    masked, _ = measure(None, 2, LONG, True)
-    shorter, _ = measure(None, 2, SHORT, True)
-    assert masked >= 2 * LONG * LONG and masked >= 3.5 * shorter
+    with_mask, _ = measure(None, 2, LONG, "masked")
+    shorter, _ = measure(None, 2, SHORT, "masked")
+    assert with_mask >= 2 * LONG * LONG and with_mask >= 3.5 * shorter

@@ -403,3 +403,16 @@ def test_skipped_layers_that_do_not_exist(caplog):
     with caplog.at_level("WARNING", "minikv"):
         greedy(compiled(tiny(), make_backend(skip_layers=(7,))), prompt(20), new=2)
     assert "skip_layers: [7], but this graph has 2 attention sites" in caplog.text
+
+
+@pytest.mark.parametrize("first, then", [(220, 300), (220, 200), (320, 200)])
+def test_a_chunk_on_layers_whose_lengths_are_symbols_of_their_own(first, then):
+    model, ids = tiny(), prompt(first + then)
+    with torch.no_grad():
+        expected = model(ids).logits[:, first:]
+        backend = make_backend()
+        model.compile(backend=backend)
+        cache = model(ids[:, :first], use_cache=True).past_key_values
+        actual = model(ids[:, first:], past_key_values=cache).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    assert kinds(backend) == [["prefill"] * 2, ["extend"] * 2]

@@ -4,9 +4,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from minikv_compile import KVTensor, explain, is_active
+from minikv_compile import KVTensor, MiniKVConfig, explain, is_active
+from minikv_compile.config import ConfigError
+from minikv_compile.policy import Policy
 
-from .helpers import compiled, greedy, make_backend, prompt, tiny
+from .helpers import compiled, greedy, kinds, make_backend, prompt, tiny
 
 
 def test_cropping_a_cache_then_decoding():
@@ -70,3 +72,100 @@ def test_autocast_does_not_reach_the_codes():
     with torch.autocast("cpu", torch.bfloat16):
         cast = torch.ops.minikv.compress(k, k, None, None, None, 0, 1, config)
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+@pytest.mark.parametrize("first, then", [(64, 64), (2, 120)])
+def test_two_rollbacks_in_a_row(first, then):
+    """The second may not reach behind what the first left unquantized."""
+    model, ids = compiled(tiny(), make_backend("default", bits=8)), prompt(332)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        cache.crop(-first)
+        with pytest.raises(ValueError, match=f"only the newest {72 - first} are unquantized"):
+            cache.crop(-then)
+        cache.crop(-(72 - first))
+        length = cache.get_seq_length()
+        actual = model(ids[:, length : length + 1], past_key_values=cache).logits
+        expected = model(ids[:, : length + 1], use_cache=True).logits[:, -1:]
+    assert length == 332 - 72
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0.05)
+
+
+def test_a_row_without_a_tier_rolls_back_to_nothing():
+    model, ids = compiled(tiny(), make_backend("default")), prompt(60)
+    with torch.no_grad():
+        expected = model(ids[:, :20], use_cache=True).logits[:, -1:]
+        cache = model(ids, use_cache=True).past_key_values
+        cache.crop(-60)
+        for token in ids[:, :20].split(1, 1):
+            actual = model(token, past_key_values=cache).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+def test_batches_and_lengths_in_turn():
+    model, plain, backend = tiny(layers=1), tiny(layers=1), make_backend()
+    plain.load_state_dict(model.state_dict())
+    compiled(model, backend)
+    for batch, length in [(1, 30), (2, 30), (3, 30), (5, 5), (1, 1), (1, 16), (16, 16), (4, 2), (1, 64)]:
+        ids = prompt(length, batch)
+        assert torch.equal(greedy(model, ids, 4).sequences, greedy(plain, ids, 4).sequences), (batch, length)
+    assert all(site.rewritten for graph in backend.graphs for site in graph)
+
+
+def test_sizes_as_symbols_of_floats_too():
+    """`dynamic=True` makes the scale of an attention a symbol."""
+    model, ids = tiny(), prompt(30)
+    expected, backend = greedy(model, ids, 4).sequences, make_backend()
+    model.compile(backend=backend, dynamic=True)
+    assert torch.equal(greedy(model, ids, 4).sequences, expected)
+    assert kinds(backend)[0] == ["prefill"] * 2
+
+
+def test_a_model_that_shares_a_parameter_is_not_active():
+    first, second = tiny(layers=1), tiny(layers=1)
+    second.model.embed_tokens = first.model.embed_tokens
+    greedy(compiled(first, make_backend()), prompt(20), 3)
+    assert is_active(first) and not is_active(second)
+
+
+def test_a_graph_that_is_left_alone_may_have_gradients():
+    model = tiny(layers=1)
+    compiled(model, make_backend(skip_layers=(0,)))
+    ids = prompt(20)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert model.lm_head.weight.grad is not None
+
+
+def test_shared_memory_is_refused():
+    model = compiled(tiny(layers=1), make_backend())
+    with torch.no_grad():
+        cache = model(prompt(20), use_cache=True).past_key_values
+    with pytest.raises(RuntimeError, match="shared memory"):
+        cache.layers[0].keys.share_memory_()
+
+
+def test_what_is_not_finite_names_its_layer():
+    model, ids = tiny(layers=3), prompt(300)
+    model.compile(backend=make_backend("default", skip_layers=(0,)))
+    with torch.no_grad():
+        model.model.layers[2].self_attn.k_proj.weight[0, 0] = float("nan")
+        with pytest.warns(UserWarning, match=r"300 tokens in the keys of layer 2:"):
+            model(ids, use_cache=True)
+
+
+def test_the_name_of_a_policy_is_taken():
+    class Mine(Policy):
+        name = "test_the_name"
+
+        def __init__(self, sign):
+            self.sign = sign
+
+    assert MiniKVConfig(policy=Mine(1)) == MiniKVConfig(policy=Mine(1))
+    with pytest.raises(ConfigError, match="'test_the_name' is taken"):
+        MiniKVConfig(policy=Mine(-1))
+    with pytest.raises(ConfigError, match="'keep_all' is taken"):
+        MiniKVConfig(policy=type("Other", (Policy,), {"name": "keep_all"})())
+    with pytest.raises(ConfigError, match="needs a `name`"):
+        MiniKVConfig(policy=type("Other", (Policy,), {})())
+    with pytest.raises(ConfigError, match="`observes` is 'some'"):
+        MiniKVConfig(policy=type("Other", (Policy,), {"name": "other", "observes": "some"})())

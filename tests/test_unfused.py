@@ -6,7 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from .helpers import PlainDecoder, all_compressed, compiled, greedy, kinds, logits_of, make_backend, prompt, run_plain, tiny
+from .helpers import (
+    PlainDecoder,
+    all_compressed,
+    compiled,
+    greedy,
+    kinds,
+    logits_of,
+    make_backend,
+    prompt,
+    run_plain,
+    tiny,
+)
 
 N = 40
 
