@@ -1,5 +1,8 @@
 """The shipped decoder: trained weights, real text, its own tokenizer."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from minikv_compile.tasks import make_sample
 from .helpers import all_compressed, compiled, greedy, kinds, make_backend
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny_decoder"
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -44,3 +48,16 @@ def test_default_finds_what_the_full_cache_finds(decoder, tokenizer, task):
     answers = tokenizer.batch_decode(out.sequences[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     assert all_compressed(out.past_key_values)
     assert all(sample.score(answer) == 1 for sample, answer in zip(samples, answers, strict=True)), answers
+
+
+def test_the_training_script_runs(tmp_path):
+    """Seconds of training: what it needs of the package is there."""
+    command = [
+        sys.executable, EXAMPLE / "train.py", "train", "--tokenizer", EXAMPLE / "model", "--out", tmp_path, "--minutes", 0.25,
+        "--reserve", 5, "--workers", 0, "--layers", 1, "--width", 192, "--eval-samples", 1, "--eval-lengths", 256,
+        "--max-length", 256, "--batch-tokens", 512, "--extra-packages",
+    ]  # fmt: skip
+    subprocess.run([str(part) for part in command], check=True, capture_output=True, timeout=120)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["training_tokens"] > 0 and set(results["exact_match"]["256"]) >= {"single", "tracking"}
+    assert 0 < results["bits_per_byte"] < 8

@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import _path  # noqa: E402, F401  the package without what it depends on
 
-from minikv_compile import tasks  # noqa: E402
+from minikv_compile import haystack, tasks  # noqa: E402
 
 START = time.monotonic()
 
@@ -84,8 +84,8 @@ def _pre_tokenizer():
 
 
 def _tokenizer_texts():
-    for path in tasks.source_files("train"):
-        yield re.sub("[0-9]", "", tasks.read_source(path))
+    for path in haystack.source_files("train"):
+        yield re.sub("[0-9]", "", haystack.read_source(path))
     # Often enough that every word of the tasks becomes one token: facts are then short and equally long.
     words = "".join(tasks.task_words())
     for _ in range(5000):
@@ -104,12 +104,12 @@ class Corpus:
 
 
 def collect_corpus(tokenizer, extra_packages: list[str]) -> Corpus:
-    files = tasks.source_files("train")
+    files = haystack.source_files("train")
     for name in extra_packages:
         spec = importlib.util.find_spec(name)
         if spec is None or not spec.submodule_search_locations:
             continue
-        found = tasks.python_files(Path(spec.submodule_search_locations[0]))
+        found = haystack.python_files(Path(spec.submodule_search_locations[0]))
         random.Random(name).shuffle(found)
         total = 0
         for path in found:
@@ -122,7 +122,7 @@ def collect_corpus(tokenizer, extra_packages: list[str]) -> Corpus:
     eos = tokenizer.eos_token_id
     arrays = []
     for i in range(0, len(files), 256):
-        texts = [text for path in files[i:i + 256] if (text := tasks.read_source(path))]
+        texts = [text for path in files[i:i + 256] if (text := haystack.read_source(path))]
         for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False):
             arrays.append(np.array([*encoding.ids, eos], np.int16))
     ids = np.concatenate(arrays)
@@ -131,16 +131,11 @@ def collect_corpus(tokenizer, extra_packages: list[str]) -> Corpus:
     return Corpus(ids, np.flatnonzero(is_newline[:-1] & ~is_newline[1:]) + 1)
 
 
-# What the facts of one text may be.
-MIXES = (("single", "tracking", "multivalue"), ("single",), ("tracking",), ("multivalue",))
-
-
 class SequenceMaker:
     """Splices facts, questions and answers as token ids into source code."""
 
-    def __init__(self, corpus: Corpus, tokenizer, chains: int = 1):
-        """`chains`: how many of the mixtures are chains alone."""
-        self.corpus, self.mixes = corpus, MIXES + (("tracking",),) * (chains - 1)
+    def __init__(self, corpus: Corpus, tokenizer):
+        self.corpus = corpus
         self.bos = np.array([tokenizer.bos_token_id], np.int16)
         self._encode = lambda fragment: tokenizer.encode(fragment, add_special_tokens=False)
         self._ids: dict[str, list[int]] = {}
@@ -161,7 +156,7 @@ class SequenceMaker:
     def _events(self, rng: random.Random, length: int, only, fact_share: float, ask_share: float) -> list:
         """(depth, ids, kinds) of each fact and question; depths from 1 on are for the questions at the end."""
         maker = tasks.ItemMaker(rng, "train")
-        kinds = only or rng.choice(self.mixes)
+        kinds = only or rng.choice((("single", "tracking", "multivalue"), ("single",), ("tracking",), ("multivalue",)))
         items, events, used, room = [], [], 0, length - 1
         while used < fact_share * length:
             item = maker.make(rng.choice(kinds))
@@ -199,7 +194,7 @@ class SequenceMaker:
 
         pieces, kinds, done = [self.bos], [np.zeros(1, np.uint8)], 0
         at_line = [int(min(depth, 1) * (len(lines) - 1)) for depth, *_ in events]
-        for line, (_, ids, kind, n_answer) in zip(at_line, events, strict=False):
+        for line, (_, ids, kind, n_answer) in zip(at_line, events, strict=True):
             cut = lines[line]
             if cut > done:
                 pieces.append(source[done:cut])
@@ -247,7 +242,7 @@ class Batches(torch.utils.data.IterableDataset):
             shares = next(shares for end, shares in CURRICULUM if self.progress.value <= end)
             length = int(self.max_length * rng.choices(list(shares), list(shares.values()))[0])
             rows = [self.maker.make(length + 1, rng) for _ in range(self.tokens // length)]
-            yield tuple(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=False))
+            yield tuple(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
 
 
 # Model
@@ -406,12 +401,12 @@ def make_example(task: str, length: int, seed: int) -> Example:
 
 
 def make_examples(lengths: list[int], n: int, workers: int) -> dict[int, list[Example]]:
-    tasks.source_text("eval")  # Read once, here, and inherited.
+    haystack.source_text("eval")  # Read once, here, and inherited.
     jobs = [(task, length, seed) for length in lengths for task in tasks.FACT_TASKS for seed in range(n)]
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-        examples = list(pool.map(make_example, *zip(*jobs, strict=False), chunksize=8))
-    return {length: [e for e, job in zip(examples, jobs, strict=False) if job[1] == length] for length in lengths}
+        examples = list(pool.map(make_example, *zip(*jobs, strict=True), chunksize=8))
+    return {length: [e for e, job in zip(examples, jobs, strict=True) if job[1] == length] for length in lengths}
 
 
 @torch.inference_mode()
@@ -424,7 +419,7 @@ def exact_match(runner: Runner, examples: list[Example], device, n_tokens: int =
         batch = examples[i:i + batch_size]
         ids = torch.tensor([e.ids + [0] * (longest - len(e.ids)) for e in batch], device=device)
         hidden = runner.hidden(ids).unflatten(0, ids.shape)
-        for e, row, states in zip(batch, ids, hidden, strict=False):
+        for e, row, states in zip(batch, ids, hidden, strict=True):
             answer = slice(len(e.ids) - e.n_answer, len(e.ids))
             predicted = runner.logits(states[answer.start - 1:answer.stop - 1]).argmax(-1)
             right[e.task].append((predicted == row[answer]).all())
@@ -434,7 +429,7 @@ def exact_match(runner: Runner, examples: list[Example], device, n_tokens: int =
 @torch.inference_mode()
 def bits_per_byte(runner: Runner, tokenizer, length: int, device, n_chars: int) -> float:
     """Of held-out source code, in pieces of `length` tokens."""
-    ids = tokenizer.encode(tasks.held_out_text(n_chars), add_special_tokens=False)
+    ids = tokenizer.encode(haystack.held_out_text(n_chars), add_special_tokens=False)
     bits = n_bytes = 0
     for i in range(0, len(ids) - length + 1, length):
         piece = ids[i:i + length]
@@ -521,19 +516,14 @@ def train(args) -> None:
              for length in (lengths[0], lengths[-1])}
     log("evaluation samples made")
 
-    batches = Batches(SequenceMaker(corpus, tokenizer, args.chains), args.batch_tokens, args.max_length, args.seed)
+    batches = Batches(SequenceMaker(corpus, tokenizer), args.batch_tokens, args.max_length, args.seed)
     on_gpu = torch.cuda.is_available()
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, num_workers=args.workers, pin_memory=on_gpu,
         prefetch_factor=2 if args.workers else None, multiprocessing_context="fork" if args.workers else None))
     device = torch.device("cuda" if on_gpu else "cpu")
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    resumed = {"training_tokens": 0, "minutes": 0.0}
-    if args.resume is None:
-        model = build_model(args, tokenizer).to(device)
-    else:
-        model = LlamaForCausalLM.from_pretrained(args.resume, dtype=torch.float32).to(device)
-        resumed = json.loads((args.resume / "results.json").read_text())
+    model = build_model(args, tokenizer).to(device)
     log(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters")
     if on_gpu:
         choose_attention(model.config, args.batch_tokens, args.max_length)
@@ -543,8 +533,7 @@ def train(args) -> None:
 
     step = seen = last_seen = 0
     begin = last_time = None
-    next_check, saved = args.start + 0.1, False
-    batches.progress.value = args.start
+    next_check, saved = 0.1, False
     for ids, kinds in loader:
         ids, kinds = (t.to(device, non_blocking=True).long() for t in (ids, kinds))
         kinds = kinds[:, 1:].flatten()
@@ -554,8 +543,7 @@ def train(args) -> None:
         if step == 0:  # Everything is compiled now: the schedule's clock starts.
             log(f"first step, loss {losses.detach().mean().item():.2f}")
             begin = last_time = time.monotonic()
-        passed = (time.monotonic() - begin) / (end_of_training - begin)
-        progress = min(1.0, args.start + (1 - args.start) * passed)
+        progress = min(1.0, (time.monotonic() - begin) / (end_of_training - begin))
         batches.progress.value = progress
         if progress >= 1:
             break
@@ -588,9 +576,9 @@ def train(args) -> None:
     log(f"{step} steps, {seen / 1e6:.0f}M tokens; model saved")
     results = {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "training_tokens": resumed["training_tokens"] + seen,
+        "training_tokens": seen,
         "corpus_tokens": len(corpus.ids),
-        "minutes": round(resumed["minutes"] + (time.monotonic() - START) / 60, 2),
+        "minutes": round((time.monotonic() - START) / 60, 2),
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
         "samples_per_cell": args.eval_samples,
         "exact_match": {},
@@ -656,9 +644,6 @@ def main() -> None:
     command.add_argument("--out", type=Path, default=here / "model", help="folder for weights and results.json")
     command.add_argument("--minutes", type=float, default=9.0, help="time for everything after the imports")
     command.add_argument("--reserve", type=float, default=35.0, help="seconds of it for saving and evaluation")
-    command.add_argument("--resume", type=Path, help="folder of a trained model to go on with")
-    command.add_argument("--start", type=float, default=0.0, help="where the schedule starts: 0 is its begin, 1 its end")
-    command.add_argument("--chains", type=int, default=1, help="weight of texts with nothing but chains: the hardest")
     command.add_argument("--layers", type=int, default=8)
     command.add_argument("--width", type=int, default=384)
     command.add_argument("--max-length", type=int, default=8192)
