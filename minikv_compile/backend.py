@@ -75,7 +75,7 @@ class MiniKVBackend:
         if self.records:
             places = [i for i, x in enumerate(example_inputs) if isinstance(x, torch.nn.Parameter)]
             if places:
-                boundary.parameter, boundary.on_model = places[0], partial(_record, places)
+                boundary.parameters, boundary.on_model = (places[0], places[-1]), partial(_record, places)
         return boundary
 
     def _check_gradients(self, example_inputs: Sequence[Any]) -> None:

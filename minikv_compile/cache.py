@@ -157,15 +157,18 @@ class MiniKVLayer(CacheLayerMixin):
         Raises:
             ValueError: some of them are quantized already, or belong to the prompt's padding or its dropped tokens.
         """
-        length = int(self.length)
-        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(length - tokens_to_remove, 0)
-        if not self.filled or not removed:
-            return
-        keys = self.keys
-        keys.crop(length - removed)
+        removed = self.check_crop(tokens_to_remove)
         for tensor in (self.key[fixed.STATE], self.value[fixed.STATE]):
             tensor[:, OFFSET] += removed
         self.length -= removed
+
+    def check_crop(self, tokens_to_remove: int) -> int:
+        """How many tokens `crop` would give up; it raises what `crop` would."""
+        removed = _removed(int(self.length), tokens_to_remove)
+        if not self.filled or not removed:
+            return 0
+        self.keys.crop(int(self.length) - removed)
+        return removed
 
     def write_rows(self, start: int, other: MiniKVLayer) -> None:
         """Copy the rows of `other` here, from row `start` on. The shorter side is padded on the left, logically."""
@@ -226,10 +229,23 @@ class DenseLayer(StaticLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """As `MiniKVLayer.crop`: what lies past the length is not seen."""
-        length = int(self.cumulative_length)
-        self.cumulative_length.fill_(
-            length + tokens_to_remove if tokens_to_remove <= 0 else min(length, tokens_to_remove)
-        )
+        self.cumulative_length -= self.check_crop(tokens_to_remove)
+
+    def check_crop(self, tokens_to_remove: int) -> int:
+        """As `MiniKVLayer.check_crop`."""
+        return _removed(int(self.cumulative_length), tokens_to_remove)
+
+
+def _removed(length: int, tokens_to_remove: int) -> int:
+    """Tokens that a `crop` of `length` tokens gives up.
+
+    Raises:
+        ValueError: more than there are.
+    """
+    removed = -tokens_to_remove if tokens_to_remove <= 0 else max(length - tokens_to_remove, 0)
+    if removed > length:
+        raise ValueError(f"Cannot roll back {removed} tokens of a cache of {length}.")
+    return removed
 
 
 class MiniKVCache(Cache):
@@ -285,6 +301,13 @@ class MiniKVCache(Cache):
             else:
                 layers.append(_static_twin(index, layer, max_cache_len, batch_size))
         super().__init__(layers=layers)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As `MiniKVLayer.crop`, in all layers or, where one cannot, in none."""
+        for layer in self.layers:
+            if isinstance(layer, (MiniKVLayer, DenseLayer)):
+                layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     def write_rows(self, start: int, other: MiniKVCache) -> None:
         """Copy all rows of `other`, from row `start` of this cache on, in place: prefill row by row, decode together.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from .kernels.packing import BLOCK, value_group
-from .policy import KEEP_ALL, LAYER_BUDGETS, POLICIES, Policy, register
+from .policy import KEEP_ALL, LAYER_BUDGETS, POLICIES, Policy, check_policy
 from .rotation import ROTATIONS
 
 PRESETS: dict[str, dict] = {
@@ -109,11 +109,14 @@ class MiniKVConfig:
         )  # fmt: skip
         if isinstance(self.policy, Policy):
             try:
-                register(self.policy)
+                check_policy(self.policy)
             except ValueError as error:
                 raise ConfigError(f"MiniKVConfig.policy: {error}") from None
-            object.__setattr__(self, "policy", self.policy.name)
-        check(self.policy in list(POLICIES), "policy", f"one of {', '.join(POLICIES)}, or a Policy")
+            policy = self.policy
+            object.__setattr__(self, "policy", policy.name)
+        else:
+            policy = None
+        check(policy is not None or self.policy in list(POLICIES), "policy", f"one of {', '.join(POLICIES)}, or a Policy")
         check(count(self.observed) and self.observed > 0, "observed", "a positive number of tokens")
         check(count(self.pool) and self.pool % 2 == 1, "pool", "an odd number of tokens")
         check(share(self.heavy), "heavy", "a share of the prompt in [0.0, 1.0] or a number of tokens")
@@ -138,6 +141,8 @@ class MiniKVConfig:
             not (self.bits == 16 and self.policy != KEEP_ALL),
             "policy", '"keep_all" when bits is 16',
         )  # fmt: skip
+        if policy is not None:  # known by its name once all else is right
+            POLICIES[policy.name] = policy
 
     @classmethod
     def preset(cls, name: str, **changes: object) -> MiniKVConfig:

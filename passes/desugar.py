@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,18 +75,21 @@ class Boundary:
         self.config, self.getters, self.growth, self.lengths, self.outputs = config, getters, growth, lengths, outputs
         self.compiled: Callable | None = None
         self.on_model: Callable[[Sequence[Any]], None] | None = None  # told of the arguments of each new model
-        self.parameter = 0  # position of one of the model's parameters
-        self._model: Any = None
+        self.parameters: tuple[int, ...] = ()  # positions of the model's first parameter and its last
+        self._model: list[weakref.ref[Tensor]] = []
 
     def __call__(self, *args: Any) -> list[Any]:
-        if self.on_model is not None and args[self.parameter] is not self._model:
-            self._model = args[self.parameter]
+        if self.on_model is not None and not self._is_known(args):
+            self._model = [weakref.ref(args[i]) for i in self.parameters]
             self.on_model(args)
         with compat.outside_inference_mode():
             if self.growth:
                 args = self._reserve(list(args))
             flat = list(self.compiled(*[get(args) for get in self.getters]))
             return self._wrap(args, flat)
+
+    def _is_known(self, args: Sequence[Any]) -> bool:
+        return bool(self._model) and all(ref() is args[i] for ref, i in zip(self._model, self.parameters, strict=True))
 
     def _reserve(self, args: list[Any]) -> list[Any]:
         """Make room for the new tokens: outside of the graph, so that it sees only storages that fit."""

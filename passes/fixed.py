@@ -100,7 +100,9 @@ def _step_mask(site: Site, call: Node) -> Node:
 
 
 def _from_outside(mask: Node, call: Node, queries: Any, keys: Any) -> bool:
-    return mask.op == "placeholder" and _is_plain(mask, call, queries, keys)
+    return mask.op == "placeholder" and _is_plain(mask, call, queries, keys) and same(
+        shape(mask)[0], shape(call.args[0])[0]
+    )  # fmt: skip
 
 
 def _is_plain(mask: Node, call: Node, queries: Any, keys: Any) -> bool:

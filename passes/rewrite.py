@@ -10,12 +10,12 @@ from functools import partial, reduce
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from .. import compat, ops
 from ..config import MiniKVConfig
+from ..kernels.prefill import causal_attention
 from ..ops import ROLES
 from ..rotation import rotation_matrix
 from ..tensor import SEQ, KVTensor
@@ -254,10 +254,7 @@ class Rewriter:
         if not site.masks:
             return site
         with self.graph.inserting_before(site.node):
-            out = self.graph.call_function(
-                F.scaled_dot_product_attention, (site.query, key, value),
-                {"is_causal": True, "scale": site.scale, "enable_gqa": shape(site.query)[1] != shape(key)[1]},
-            )  # fmt: skip
+            out = self.graph.call_function(causal_attention, (site.query, key, value, site.scale))
         out.meta.update(site.node.meta)
         site.node.replace_all_uses_with(out)
         erase_dead(self.graph, [site.node], site.nodes)
@@ -333,7 +330,7 @@ class Rewriter:
         for kv in self.originals:
             if not isinstance(example(kv), KVTensor):
                 continue
-            grown = [user for user in kv.users if is_call(user, "cat")]
+            grown = [user for user in kv.users if _appends(user, kv)]
             for tensor in (kv, *grown):
                 for reader in [user for user in tensor.users if is_call(user, "numel", "size")]:
                     self._lower_size(reader, kv)
@@ -349,7 +346,7 @@ class Rewriter:
             length = self.field(kv, "length")
             if tensor is kv:
                 return length
-            new = tensor.args[0][1]
+            new = argument(tensor, 0, "tensors")[1]
             n = shape(new)[SEQ]
             n = n if isinstance(n, int) else self.graph.call_method("size", (new, SEQ))
             return self.graph.call_function(operator.add, (length, n))
@@ -428,6 +425,12 @@ def _item(values: Sequence[Any], index: int) -> Any:
 
 def _first_columns(mask: torch.Tensor, columns: int) -> torch.Tensor:
     return mask[:, :columns]
+
+
+def _appends(node: Node, kv: Node) -> bool:
+    """Whether `node` is `cat([kv, new], SEQ)`."""
+    operands = argument(node, 0, "tensors") if is_call(node, "cat") else ()
+    return len(operands) == 2 and operands[0] is kv and argument(node, 1, "dim", 0) % 4 == SEQ
 
 
 def replace_uses(node: Node, by: Node | int) -> None:

@@ -590,3 +590,27 @@ def test_a_step_too_many_stops_the_device():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "assert" in done.stderr
+
+
+def test_a_crop_that_one_layer_refuses_changes_none():
+    model, ids = tiny(layers=2), prompt(1100)
+    config = MiniKVConfig(policy="heavy_hitter", layer_budget="pyramid")
+    compiled(model, MiniKVBackend(config, "eager"))
+    cache = MiniKVCache(model, 1400, config=config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for _ in range(120):
+            model(ids[:, :1], past_key_values=cache)
+        with pytest.raises(ValueError, match="Cannot roll back 90 tokens"):
+            cache.crop(-90)
+    assert [int(layer.length) for layer in cache.layers] == [1220, 1220]
+
+
+def test_a_causal_mask_from_outside_for_all_rows_at_once():
+    model, ids = tiny(), prompt(40, 2)
+    mask = torch.ones(40, 40).bool().tril()[None, None]
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        compiled(model, make_backend())
+        actual = model(ids, attention_mask=mask, past_key_values=MiniKVCache(model, 64, 2, "lossless")).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)

@@ -169,3 +169,20 @@ def test_the_name_of_a_policy_is_taken():
         MiniKVConfig(policy=type("Other", (Policy,), {})())
     with pytest.raises(ConfigError, match="`observes` is 'some'"):
         MiniKVConfig(policy=type("Other", (Policy,), {"name": "other", "observes": "some"})())
+
+
+def test_a_configuration_that_fails_takes_no_name():
+    def policy():
+        return type("Other", (Policy,), {"name": "test_no_name"})()
+
+    with pytest.raises(ConfigError, match="observed"):
+        MiniKVConfig(policy=policy(), observed=-1)
+    MiniKVConfig(policy=policy())
+
+
+def test_a_second_model_that_shares_its_first_parameter_is_active_once_it_ran():
+    first, second, backend = tiny(layers=1), tiny(layers=1), make_backend()
+    second.model.embed_tokens.weight = first.model.embed_tokens.weight
+    for model in (first, second):
+        greedy(compiled(model, backend), prompt(20), 3)
+    assert is_active(first) and is_active(second)
