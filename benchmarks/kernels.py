@@ -71,14 +71,14 @@ class Case:
     dim: int = 128
     dtype: torch.dtype = torch.bfloat16
     bits: int = 2
-    k_group: int = 64
+    k_group: int = 128
     k_axis: str = "token"
-    v_group: int = 64
+    v_group: int = 128
     rotate: bool = True
     new: int = 1
-    dense: int = 132
-    """Tokens in the dense region: sinks, window and half of the buffer."""
-    dense_capacity: int = 196
+    dense: int = 196
+    """Tokens in the dense region: sinks, important tokens, window and half of the buffer."""
+    dense_capacity: int = 260
     ragged: bool = False
     variant: str = ""
 
@@ -102,7 +102,7 @@ class Case:
         return f"B{self.batch}x{tokens} {self.heads}/{self.kv_heads} D{self.dim}"
 
 
-MINIKV = dict(name="minikv g16", k_group=16, v_group=16, rotate=False)
+MINIKV = dict(name="minikv g16", k_group=16, v_group=16, rotate=False, dense=64, dense_capacity=128)
 DECODE = [Case(batch=b, length=n * 1024) for b, n in ((16, 32), (64, 8), (4, 128), (1, 128), (1, 32), (1, 8))]
 FORMATS = [
     Case(batch=16, length=32768, **MINIKV),
@@ -111,7 +111,7 @@ FORMATS = [
     Case(batch=4, length=32768, heads=32, kv_heads=32),
     Case(batch=16, length=32768, heads=64),
     Case(batch=32, length=32768, heads=28, kv_heads=4),
-    Case(batch=32, length=32768, dim=64),
+    Case(batch=32, length=32768, dim=64, v_group=64),
 ]
 TUNED = [DECODE[0], DECODE[1], *DECODE[3:], *FORMATS[:3]]
 SMALL = dict(batch=3, length=4 * BLOCK + 100, dense=100, ragged=True, heads=8, kv_heads=2)
@@ -125,10 +125,10 @@ CHECKED = [
     Case(**{**SMALL, "name": "g16", "k_group": 16, "v_group": 16, "bits": 4}, dtype=torch.float16),
     Case(**{**SMALL, "name": "g16", "k_group": 16, "v_group": 16, "bits": 8}),
     Case(**SMALL, k_group=32, v_group=32),
-    Case(**SMALL, k_group=128, v_group=128),
+    Case(**SMALL, k_group=64, v_group=64),
     Case(**SMALL, k_axis="channel"),
     Case(**SMALL, k_axis="channel", k_group=16, v_group=16, bits=4, dtype=torch.float16),
-    Case(**SMALL, dim=64),
+    Case(**SMALL, dim=64, v_group=64),
     Case(**SMALL, dim=64, dtype=torch.float16, k_axis="channel", k_group=32, v_group=32),
     Case(**SMALL, dim=80, v_group=16),
     Case(**SMALL, dim=80, v_group=16, dtype=torch.float16, bits=4),
@@ -145,7 +145,7 @@ CHECKED = [
     Case(**SMALL, new=16, dtype=torch.float16, rotate=False),
 ]
 DRY = [
-    replace(CHECKED[0], batch=2, length=228, dim=64),
+    replace(CHECKED[0], batch=2, length=228, dim=64, v_group=64),
     replace(CHECKED[9], batch=1, length=228, dim=64, v_group=64, dtype=torch.float16),
 ]
 

@@ -29,6 +29,7 @@ class MiniKVLayer(CacheLayerMixin):
 
     Tensors, at addresses that stay:
         key, value: those of a `KVTensor`, see `fixed.names`.
+        important: int32 [batch, kv_heads, config.important], as in a `KVTensor`.
         kept: uint8 [batch, kv_heads, ceil(max_cache_len / 8)], one bit per prompt token.
         length: int64 []. padding: int64 [batch], tokens of `length` that are padding.
     """
@@ -51,6 +52,7 @@ class MiniKVLayer(CacheLayerMixin):
                 fixed.allocate(config, role, batch_size, kv_heads, max_cache_len, head_dim, dtype, device)
                 for role in ROLES
             )
+            self.important = torch.zeros(batch_size, kv_heads, config.important, dtype=torch.int32, device=device)
             self.kept = torch.zeros(batch_size, kv_heads, -(-max_cache_len // 8), dtype=torch.uint8, device=device)
             self.length = torch.zeros((), dtype=torch.int64, device=device)
             self.padding = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -62,7 +64,7 @@ class MiniKVLayer(CacheLayerMixin):
 
     def tensors(self) -> list[Tensor]:
         """All tensors held."""
-        return [*self.key, *self.value, self.kept, self.length, self.padding]
+        return [*self.key, *self.value, self.important, self.kept, self.length, self.padding]
 
     @property
     def is_initialized(self) -> bool:
@@ -84,14 +86,14 @@ class MiniKVLayer(CacheLayerMixin):
         """
         if not self.filled:
             minikv.store_prompt(
-                key_states, value_states, None, None, None, self.key, self.value, self.kept, self.length, self.padding,
-                self.place, self.count, self.max_cache_len, self._settings,
+                key_states, value_states, None, None, None, self.key, self.value, self.important, self.kept, self.length,
+                self.padding, self.place, self.count, self.max_cache_len, self._settings,
             )  # fmt: skip
             self.filled = True
             return key_states, value_states
         return minikv.update(
-            key_states, value_states, self.key, self.value, self.kept, self.length, self.padding, self.max_cache_len,
-            self._settings,
+            key_states, value_states, self.key, self.value, self.important, self.kept, self.length, self.padding,
+            self.max_cache_len, self._settings,
         )  # fmt: skip
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -118,6 +120,8 @@ class MiniKVLayer(CacheLayerMixin):
 
     def _view(self, role: str) -> KVTensor:
         tensors = dict(zip(fixed.names(self.config), getattr(self, role), strict=True), kept=self.kept)
+        if self.config.pins:
+            tensors["important"] = self.important
         tensors["state"] = tensors["state"].clone()
         tensors["state"][:, OFFSET] += self.length
         return KVTensor(tensors, self.config, role, int(self.length))
@@ -141,7 +145,9 @@ class MiniKVLayer(CacheLayerMixin):
         rows = torch.arange(self.batch_size, device=self.length.device)[indices.to(self.length.device)]
         with compat.outside_inference_mode():
             self.key, self.value = ([t.index_select(0, rows) for t in held] for held in (self.key, self.value))
-            self.kept, self.padding = self.kept.index_select(0, rows), self.padding.index_select(0, rows)
+            self.important, self.kept, self.padding = (
+                t.index_select(0, rows) for t in (self.important, self.kept, self.padding)
+            )
         self.batch_size = len(rows)
         self._mark_static()
 
@@ -176,6 +182,7 @@ class MiniKVLayer(CacheLayerMixin):
         rows, length = slice(start, start + other.batch_size), max(mine, theirs)
         for target, source in zip((*self.key, *self.value), (*other.key, *other.value), strict=True):
             target[rows] = source
+        self.important[rows] = other.important
         self.kept.copy_(_shifted(self.kept, length - mine))
         self.kept[rows] = _shifted(other.kept, length - theirs)
         self.padding += length - mine

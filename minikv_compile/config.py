@@ -15,15 +15,15 @@ from .rotation import ROTATIONS
 PRESETS: dict[str, dict] = {
     "default": {},
     "minikv": dict(
-        group=16, rotation="none", sinks=0, window=0, policy="heavy_hitter", heavy=0.25, recent=0.25,
+        group=16, rotation="none", sinks=0, important=0, window=0, policy="heavy_hitter", heavy=0.25, recent=0.25,
         layer_budget="pyramid",
     ),
-    "lossless": dict(bits=16, rotation="none", sinks=0, window=0),
+    "lossless": dict(bits=16, rotation="none", sinks=0, important=0, window=0),
 }  # fmt: skip
 
 
 MAX_DENSE = 65536
-"""Most sinks, and most tokens of a window."""
+"""Most sinks, important tokens, and tokens of a window."""
 
 
 class ConfigError(ValueError):
@@ -39,7 +39,7 @@ class MiniKVConfig:
 
     bits: int = 2
     """Bits of a code: 2, 4 or 8; 16 keeps every token in the model's dtype (rewriting on, compression off)."""
-    group: int = 64
+    group: int = 128
     """Values that share one scale and one zero: 16, 32, 64 or 128. Keys: tokens of one channel. Values: channels of
     one token; a head dimension that `group` does not divide takes the largest power of two that does. (MiniKV
     section 3.3: 16; KIVI, arXiv 2402.02750: 32.)"""
@@ -50,6 +50,11 @@ class MiniKVConfig:
     """Orthogonal rotation of the head dimension before quantizing: "none" or "hadamard" (QuaRot, arXiv 2404.00456)."""
     sinks: int = 4
     """First tokens of each row, held unquantized (StreamingLLM, arXiv 2309.17453), in tokens."""
+    important: int = 64
+    """Prompt tokens of each KV head, the most important ones, that are held unquantized beside the sinks (MiKV, arXiv
+    2402.18096, section 3.2: its important tier), in tokens."""
+    importance: str = "key_outlier"
+    """Which ones: the name of a `Policy` (policy.py), those with the highest scores."""
     window: int = 64
     """Newest tokens, never quantized, in tokens: a rollback of up to `window` tokens is exact."""
     buffer: int = BLOCK
@@ -100,7 +105,7 @@ class MiniKVConfig:
             type(self.clip) in (int, float) and 0 < self.clip <= 1, "clip", "a share of the range in (0, 1]",
         )  # fmt: skip
         check(self.rotation in list(ROTATIONS), "rotation", f"one of {', '.join(ROTATIONS)}")
-        for name in ("sinks", "window"):  # every row of every layer has room for them from the start
+        for name in ("sinks", "important", "window"):  # every row of every layer has room for them from the start
             ok = count(getattr(self, name)) and getattr(self, name) <= MAX_DENSE
             check(ok, name, f"a number of tokens from 0 to {MAX_DENSE}")
         check(
@@ -117,6 +122,7 @@ class MiniKVConfig:
         else:
             policy = None
         check(policy is not None or self.policy in list(POLICIES), "policy", f"one of {', '.join(POLICIES)}, or a Policy")
+        check(self.importance in [name for name in POLICIES if name != KEEP_ALL], "importance", "the name of a Policy")
         check(count(self.observed) and self.observed > 0, "observed", "a positive number of tokens")
         check(count(self.pool) and self.pool % 2 == 1, "pool", "an odd number of tokens")
         check(share(self.heavy), "heavy", "a share of the prompt in [0.0, 1.0] or a number of tokens")
@@ -141,6 +147,9 @@ class MiniKVConfig:
             not (self.bits == 16 and self.policy != KEEP_ALL),
             "policy", '"keep_all" when bits is 16',
         )  # fmt: skip
+        policies = {**POLICIES, self.policy: policy or POLICIES[self.policy]}
+        observes = {policies[name].observes for name in self._scored} - {"nothing"}
+        check(len(observes) < 2, "importance", f"a policy that observes the same queries as {self.policy!r}, or none")
         if policy is not None:  # known by its name once all else is right
             POLICIES[policy.name] = policy
 
@@ -148,7 +157,8 @@ class MiniKVConfig:
     def preset(cls, name: str, **changes: object) -> MiniKVConfig:
         """A named configuration, with `changes` to single fields.
 
-        - `default`: 2 bits, group 64, Hadamard, 4 sinks, a window of 64; nothing dropped. About 17% of dense at 8K.
+        - `default`: 2 bits, group 128, Hadamard; 4 sinks, 64 outliers and a window of 64 unquantized; nothing dropped.
+          About 17% of dense at 8K.
         - `minikv`: the paper's arithmetic and budgets (MiniKV section 4): 2 bits, group 16, 25% heavy hitters + 25%
           recent, pyramid of depth 7. About 14% at 8K. Drops half of the prompt: facts can be lost.
         - `lossless`: everything in the model's dtype: the rewriting without the compression.
@@ -170,8 +180,18 @@ class MiniKVConfig:
 
     @property
     def capacity(self) -> int:
-        """Tokens of the dense region of a compressed row: sinks, window and buffer."""
-        return self.sinks + self.window + self.buffer
+        """Tokens of the dense region of a compressed row: sinks, important tokens, window and buffer."""
+        return self.pinned + self.window + self.buffer
+
+    @property
+    def pinned(self) -> int:
+        """Tokens at the front of the dense region that no flush moves: sinks and important ones."""
+        return self.sinks + self.important
+
+    @property
+    def pins(self) -> bool:
+        """Whether important tokens are held apart."""
+        return self.important > 0 and self.bits < 16
 
     @property
     def drops(self) -> bool:
@@ -180,9 +200,14 @@ class MiniKVConfig:
 
     @property
     def observed_queries(self) -> int | None:
-        """How many of the newest queries the policy observes: 0 for all, None if it observes nothing."""
-        policy = POLICIES[self.policy]
-        return {"all": 0, "last": self.observed, "nothing": None}[policy.observes] if policy else None
+        """How many of the newest queries the policies observe: 0 for all, None if they observe nothing."""
+        observes = {POLICIES[name].observes for name in self._scored}
+        return 0 if "all" in observes else self.observed if "last" in observes else None
+
+    @property
+    def _scored(self) -> list[str]:
+        """Policies whose scores are needed."""
+        return ([self.policy] if self.drops else []) + ([self.importance] if self.pins else [])
 
     def value_group(self, head_dim: int) -> int:
         """Channels that share a value's scale and zero."""

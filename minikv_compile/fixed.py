@@ -43,7 +43,7 @@ def allocate(
     """Zeros for `max_length` tokens, in the order of `names`."""
     lead, made = (batch, heads), []
     if config.bits < 16:
-        blocks = max(max_length - config.sinks - config.window, BLOCK) // BLOCK
+        blocks = max(max_length - config.pinned - config.window, BLOCK) // BLOCK
         dtypes = torch.int16, metadata_dtype(dtype), metadata_dtype(dtype)
         shapes = ops.tier_shapes(config, role, blocks, dim)
         made = [torch.zeros(*lead, *shape, dtype=t, device=device) for shape, t in zip(shapes, dtypes, strict=True)]
@@ -67,11 +67,11 @@ def bits_of(mask: Tensor) -> Tensor:
     return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
 
 
-@custom_op("minikv::store_prompt", mutates_args=("key", "value", "kept", "length", "padding"), tags=READS_HOST)
+@custom_op("minikv::store_prompt", mutates_args=("key", "value", "important", "kept", "length", "padding"), tags=READS_HOST)
 @without_autocast
 def store_prompt(
     k: Tensor, v: Tensor, scores: Tensor | None, order: Tensor | None, lengths: Tensor | None, key: list[Tensor],
-    value: list[Tensor], kept: Tensor, length: Tensor, padding: Tensor, place: int, count: int, max_length: int,
+    value: list[Tensor], important: Tensor, kept: Tensor, length: Tensor, padding: Tensor, place: int, count: int, max_length: int,
     config: str,
 ) -> None:  # fmt: skip
     """Compress a prompt into storages that hold nothing that is still needed.
@@ -79,7 +79,8 @@ def store_prompt(
     Args:
         k, v, scores, order, lengths, config: as for `minikv::compress`.
         key, value: the layer's tensors, see `names`.
-        kept: uint8 [batch, kv_heads, ceil(max_length / 8)]: one bit per prompt token.
+        important: int32 [batch, kv_heads, config.important]. kept: uint8 [batch, kv_heads, ceil(max_length / 8)]: one bit
+            per prompt token.
         length: int64 []: logical tokens. padding: int64 [batch]: how many of them are padding.
         place, count: of the layer among those that share a budget, and their number.
 
@@ -98,12 +99,13 @@ def store_prompt(
         )
     if seq > max_length:
         raise ValueError(f"MiniKVCache: a prompt of {seq} tokens, but room for {max_length}: raise max_cache_len.")
-    drops = settings.drops and seq >= max(settings.min_prompt, settings.sinks + settings.window + BLOCK)
-    if drops and settings.observed_queries is not None and scores is None:
+    packs = seq >= max(settings.min_prompt, settings.pinned + settings.window + BLOCK)
+    if packs and settings.observed_queries is not None and scores is None:
+        looks = settings.policy if settings.drops else settings.importance
         raise ValueError(
-            f"MiniKVCache: the policy {settings.policy!r} looks at the prompt's attention, so the prefill must run "
-            "through the minikv backend too: model.compile(backend=...) and generate(..., disable_compile=True). (With "
-            "a CompileConfig, generate runs the prefill eagerly.)"
+            f"MiniKVCache: the policy {looks!r} looks at the prompt's attention, so the prefill must run through the minikv "
+            "backend too: model.compile(backend=...) and generate(..., disable_compile=True). (With a CompileConfig, "
+            "generate runs the prefill eagerly.)"
         )
     made = ops.compress_prompt(k, v, scores, order, lengths, place, count, config)
     fields = ops.fields(settings, lengths is not None)
@@ -116,6 +118,8 @@ def store_prompt(
             else:
                 stored = min(tensor.shape[2], parts[name].shape[2])
                 tensor[:, :, :stored] = parts[name][:, :, :stored]
+    if settings.pins:
+        important.copy_(parts["important"])
     bits = parts["kept"] if "kept" in parts else bits_of(k.new_ones(batch, heads, seq, dtype=torch.bool))
     kept.zero_()
     kept[..., : bits.shape[-1]] = bits
@@ -124,7 +128,7 @@ def store_prompt(
 
 
 @store_prompt.register_fake
-def _(k, v, scores, order, lengths, key, value, kept, length, padding, place, count, max_length, config):
+def _(k, v, scores, order, lengths, key, value, important, kept, length, padding, place, count, max_length, config):
     return None
 
 
@@ -167,13 +171,13 @@ def _flush_full(tensors: list[Tensor], n: int, role: str, config: MiniKVConfig) 
     # The host may ask a CPU. On a GPU, programs of the kernel that find nothing to do end at once.
     if not tier or (not dense.is_cuda and not (used(state) + n > capacity).any()):
         return
-    blocks = (capacity - config.sinks - config.window) // BLOCK
+    blocks = (capacity - config.pinned - config.window) // BLOCK
     ops.flush(*tier, dense, state, 0, n, capacity, blocks, role, config.to_json())
 
 
 def check_step(mask: Tensor | None, length: Tensor, padding: Tensor, n: int, max_length: int) -> None:
     """Raise unless `n` more tokens fit, and `mask` lets each see all tokens but padding and those after it."""
-    _require(
+    require(
         length + n <= max_length,
         f"MiniKVCache is full: it has room for {max_length} tokens. Raise max_cache_len, or start a new cache.",
     )
@@ -187,7 +191,7 @@ def check_step(mask: Tensor | None, length: Tensor, padding: Tensor, n: int, max
     # Which tokens are padding the prefill has settled; that it is as many is checked here.
     fits &= (newest[:, 0].sum(-1) == length + n - padding).all()
     fits &= newest[:, 0].index_select(1, query.clamp(max=max_length - 1)).all()
-    _require(
+    require(
         fits,
         "The attention mask does not fit the MiniKVCache: it must be causal, with the prompt's padding and no other. A "
         "padded prompt needs its prefill under the minikv backend.",
@@ -202,7 +206,8 @@ def seen_keys(mask: Tensor) -> tuple[Tensor, Tensor]:
     return mask == 0, ((mask == 0) | (mask <= VERY_NEGATIVE)).all()
 
 
-def _require(condition: Tensor, message: str) -> None:
+def require(condition: Tensor, message: str) -> None:
+    """Raise ValueError; on a GPU, let the device assert."""
     if condition.is_cuda:
         compat.assert_on_device(condition, message)
     elif not condition:
@@ -254,7 +259,7 @@ def _settle(tensors: list[Tensor], dense: Tensor, n: int, role: str, config: Min
     *tier, own, state = tensors
     state[:, OFFSET] -= n
     if dense is not own:
-        blocks = (dense.shape[2] - config.sinks - config.window) // BLOCK
+        blocks = (dense.shape[2] - config.pinned - config.window) // BLOCK
         ops.flush(*tier, dense, state, 0, 0, own.shape[2], blocks, role, config.to_json())
         own.copy_(dense[:, :, : own.shape[2]])
 
@@ -262,8 +267,8 @@ def _settle(tensors: list[Tensor], dense: Tensor, n: int, role: str, config: Min
 @custom_op("minikv::update", mutates_args=("key", "value", "length"))
 @without_autocast
 def update(
-    k: Tensor, v: Tensor, key: list[Tensor], value: list[Tensor], kept: Tensor, length: Tensor, padding: Tensor,
-    max_length: int, config: str,
+    k: Tensor, v: Tensor, key: list[Tensor], value: list[Tensor], important: Tensor, kept: Tensor, length: Tensor,
+    padding: Tensor, max_length: int, config: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Append new tokens, and return all of them dense, for an attention of the model's own. The pass replaces this op,
     and that attention, by `decode_attention` or `extend_attention`.
@@ -288,7 +293,7 @@ def update(
     read = []
     for role, tensors, new in zip(ROLES, (key, value), (k, v), strict=True):
         dense = _room(tensors, n, role, settings)
-        read.append(read_dense(tensors, kept, length, max_length, role, settings).index_copy_(2, slots, new))
+        read.append(read_dense(tensors, important, kept, length, max_length, role, settings).index_copy_(2, slots, new))
         attention.append(dense, new, tensors[STATE], n)
         _settle(tensors, dense, n, role, settings)
     length += n
@@ -296,7 +301,7 @@ def update(
 
 
 @update.register_fake
-def _(k, v, key, value, kept, length, padding, max_length, config):
+def _(k, v, key, value, important, kept, length, padding, max_length, config):
     shape = k.shape[0], k.shape[1], max_length, k.shape[3]
     return k.new_empty(shape), v.new_empty(shape)
 
@@ -311,11 +316,12 @@ def _warn_dense() -> None:
 
 
 def read_dense(
-    tensors: list[Tensor], kept: Tensor, length: Tensor, size: int, role: str, config: MiniKVConfig
+    tensors: list[Tensor], important: Tensor, kept: Tensor, length: Tensor, size: int, role: str, config: MiniKVConfig
 ) -> Tensor:
     """[batch, kv_heads, size, head_dim]: the first `size` tokens; zeros for what is not stored."""
     *tier, dense, state = tensors
-    stored = ops.dequantize(*(tier or (None, None, None)), dense, state, None, size, role, config.to_json())
+    important = important if config.pins else None
+    stored = ops.dequantize(*(tier or (None, None, None)), dense, state, important, None, size, role, config.to_json())
     return ops.place_tokens(stored, ops.tokens_kept(kept, state[:, IN_TIER] + used(state), length, size))
 
 

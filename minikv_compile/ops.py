@@ -14,8 +14,9 @@ from . import compat
 from .config import MiniKVConfig
 from .kernels import attention, compress, packing, prefill, scores
 from .kernels import flush as flush_kernels
+from .kernels.important import stored_order
 from .kernels.packing import BLOCK, metadata_dtype, words
-from .policy import Prompt, select
+from .policy import Prompt, important_tokens, select
 from .rotation import rotation_matrix
 
 ROLES = ("key", "value")
@@ -131,7 +132,7 @@ def dense_capacity(config: MiniKVConfig, used: int) -> int:
 
 def blocks_to_flush(used: int, n: int, capacity: int, config: MiniKVConfig) -> int:
     """Blocks that a row with `used` tokens in its dense region moves to its tier to make room for `n` more."""
-    return max(0, used - config.sinks - config.window) // BLOCK if used + n > capacity else 0
+    return max(0, used - config.pinned - config.window) // BLOCK if used + n > capacity else 0
 
 
 def grouping(config: MiniKVConfig, role: str, head_dim: int) -> tuple[int, str]:
@@ -169,22 +170,21 @@ def compress_prompt(
         order = None
     whole = settings.bits == 16 or seq < settings.min_prompt
     index = order if order is None else order[:, None].expand(-1, heads, -1)
+    prompts = [
+        Prompt(n, layer, None if scores is None else scores[b, :, :n], k[b], v[b], None if order is None else order[b])
+        for b, n in enumerate(row_lengths)
+    ]
+    chosen = None
     if settings.drops and not whole:
-        prompts = [
-            Prompt(n, layer, None if scores is None else scores[b, :, :n], k[b], v[b], None if order is None else order[b])
-            for b, n in enumerate(row_lengths)
-        ]
-        rows = select(prompts, layer, layers, settings)
-        counts = [row.shape[-1] for row in rows]
-        index = rows[0].new_zeros(batch, heads, max(counts))
-        for target, row in zip(index, rows, strict=True):
+        chosen = select(prompts, layer, layers, settings)
+        counts = [row.shape[-1] for row in chosen]
+        index = chosen[0].new_zeros(batch, heads, max(counts))
+        for target, row in zip(index, chosen, strict=True):
             target[:, : row.shape[-1]] = row
         if order is not None:
             index = order[:, None].expand(-1, heads, -1).gather(2, index)
-    if index is not None:
-        index = index.contiguous()
 
-    packed = [0 if whole else max(0, n - settings.sinks - settings.window) // BLOCK * BLOCK for n in counts]
+    packed = [0 if whole else max(0, n - settings.pinned - settings.window) // BLOCK * BLOCK for n in counts]
     in_dense = [n - p for n, p in zip(counts, packed, strict=True)]
     capacity = dense_capacity(settings, max(in_dense))
     rows = torch.tensor([[seq - n, 0, p, n] for n, p in zip(in_dense, packed, strict=True)], dtype=torch.int32)
@@ -192,10 +192,18 @@ def compress_prompt(
         rows = rows.pin_memory()  # a copy from anything else would wait for the device
     rows = rows.to(k.device, non_blocking=True)
     rotation = rotation_matrix(settings.rotation, dim, k.device)
-    kept = None
+    shared = []
+    if settings.pins:
+        important = important_tokens(prompts, chosen, packed, settings)
+        shared.append(important.int())
+        if any(packed):
+            stored = stored_order(important, max(counts), settings.sinks)
+            index = stored if index is None else index.gather(2, stored)
     if settings.drops or padded:
         everything = torch.arange(seq, device=k.device).expand(batch, heads, -1) if index is None else index
-        kept = _bitmask(everything, rows[:, IN_TIER] + rows[:, -1], seq)
+        shared.append(_bitmask(everything, rows[:, IN_TIER] + rows[:, -1], seq))
+    if index is not None:
+        index = index.contiguous()
 
     out = []
     for role, x in zip(ROLES, (k, v), strict=True):
@@ -206,19 +214,34 @@ def compress_prompt(
             group, axis = grouping(settings, role, dim)
             blocks = max(max(packed) // BLOCK, MIN_BLOCKS)
             out += compress.compress(
-                x, index, settings.sinks, tokens, blocks, settings.bits, group, axis, role, rotation, settings.clip,
+                x, index, settings.pinned, tokens, blocks, settings.bits, group, axis, role, rotation, settings.clip,
                 counted=counted,
             )  # fmt: skip
-        out += [compress.dense_region(x, index, settings.sinks, tokens, rows[:, -1], capacity, counted), state]
-        if kept is not None:
-            out.append(kept.clone() if role == ROLES[1] else kept)  # outputs must not share storage
+        out += [compress.dense_region(x, index, settings.pinned, tokens, rows[:, -1], capacity, counted), state]
+        out += [t.clone() if role == ROLES[1] else t for t in shared]  # outputs must not share storage
     return out
+
+
+def slots(important: Tensor, n: int, sinks: int) -> Tensor:
+    """The inverse of `stored_order`: the slot of each of a row's first `n` stored tokens.
+
+    Args:
+        important: int [batch, kv_heads, count], ascending, none a sink.
+
+    Returns:
+        int64 [batch, kv_heads, n].
+    """
+    token = torch.arange(n, device=important.device, dtype=important.dtype).expand(*important.shape[:2], n).contiguous()
+    before = torch.searchsorted(important, token)
+    count = important.shape[2]
+    is_important = important.gather(2, before.clamp(max=count - 1)) == token
+    return torch.where(is_important, sinks + before, torch.where(token < sinks, token, token + count - before))
 
 
 def fields(config: MiniKVConfig, padded: bool) -> list[str]:
     """Names of the tensors that `compress_prompt` returns for the keys, and again for the values."""
     names = ["codes", "scale", "zero"] if config.bits < 16 else []
-    return names + ["dense", "state"] + (["kept"] if config.drops or padded else [])
+    return names + ["dense", "state"] + ["important"] * config.pins + ["kept"] * (config.drops or padded)
 
 
 @compress_prompt.register_fake
@@ -235,6 +258,7 @@ def _(k, v, scores, order, lengths, layer, layers, config):
             "scale": (scale, metadata_dtype(x.dtype)),
             "zero": (zero, metadata_dtype(x.dtype)),
             "dense": ((capacity, dim), x.dtype),
+            "important": ((settings.important,), torch.int32),
             "kept": (((seq + 7) // 8,), torch.uint8),
         }
         for name in fields(settings, lengths is not None):
@@ -348,13 +372,13 @@ def flush(
     dim = dense.shape[-1]
     group, axis = grouping(settings, role, dim)
     counted = torch.zeros(dense.shape[0], dense.shape[2], dtype=torch.int32, device=dense.device), state[:, NOT_FINITE]
-    plan = flush_kernels.plan(state, length, n, capacity, settings.sinks, settings.window, blocks)
+    plan = flush_kernels.plan(state, length, n, capacity, settings.pinned, settings.window, blocks)
     compress.compress(
-        dense, None, settings.sinks, plan[0], blocks, settings.bits, group, axis, role,
+        dense, None, settings.pinned, plan[0], blocks, settings.bits, group, axis, role,
         rotation_matrix(settings.rotation, dim, dense.device), settings.clip, out=(codes, scale, zero),
         first_block=plan[1], counted=counted,
     )  # fmt: skip
-    flush_kernels.move_up(dense, state, plan, settings.sinks)
+    flush_kernels.move_up(dense, state, plan, settings.pinned)
 
 
 @flush.register_fake
@@ -395,28 +419,31 @@ def place_tokens(values: Tensor, mask: Tensor) -> Tensor:
 @custom_op("minikv::dequantize", mutates_args=())
 @without_autocast
 def dequantize(
-    codes: Tensor | None, scale: Tensor | None, zero: Tensor | None, dense: Tensor, state: Tensor, kept: Tensor | None,
-    length: int, role: str, config: str,
+    codes: Tensor | None, scale: Tensor | None, zero: Tensor | None, dense: Tensor, state: Tensor,
+    important: Tensor | None, kept: Tensor | None, length: int, role: str, config: str,
 ) -> Tensor:  # fmt: skip
     """The dense [batch, kv_heads, length, head_dim] of a `KVTensor`'s tensors; zeros for what is not stored."""
     settings = MiniKVConfig.from_json(config)
     batch, _, capacity, dim = dense.shape
-    sinks, in_tier = settings.sinks, state[:, IN_TIER, None]
-    # Token j of a row: sinks first, then the tier, then the rest of the dense region.
-    token = torch.arange(length, device=dense.device).expand(batch, -1)
-    inside = (token >= sinks) & (token < sinks + in_tier)
-    slot = torch.where(token < sinks, token, token - in_tier).clamp(0, capacity - 1)
-    values = take_tokens(dense, slot)
+    pinned, in_tier = settings.pinned, state[:, None, IN_TIER, None]
+    # In storage: what is pinned, then the tier, then the rest of the dense region.
+    if important is None:
+        token = torch.arange(length, device=dense.device).expand(batch, 1, -1)
+    else:
+        token = slots(important, length, settings.sinks)
+    token = token.expand(-1, dense.shape[1], -1)
+    inside = (token >= pinned) & (token < pinned + in_tier)
+    values = take_tokens(dense, torch.where(token < pinned, token, token - in_tier).clamp(0, capacity - 1))
     if codes is not None:
         group, axis = grouping(settings, role, dim)
         packed = packing.dequantize(packing.unpack(codes, settings.bits, role), scale, zero, group, axis).flatten(2, 3)
         rotation = rotation_matrix(settings.rotation, dim, dense.device)
         packed = packing.to_dtype(packed if rotation is None else packed @ rotation.T, dense.dtype)
-        slot = (token - sinks).clamp(0, packed.shape[2] - 1)
-        values = torch.where(inside[:, None, :, None], take_tokens(packed, slot), values)
+        slot = (token - pinned).clamp(0, packed.shape[2] - 1)
+        values = torch.where(inside[..., None], take_tokens(packed, slot), values)
     return values if kept is None else place_tokens(values, kept_mask(kept, state, length))
 
 
 @dequantize.register_fake
-def _(codes, scale, zero, dense, state, kept, length, role, config):
+def _(codes, scale, zero, dense, state, important, kept, length, role, config):
     return dense.new_empty((dense.shape[0], dense.shape[1], length, dense.shape[3]))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kernels.important import distance_from_mean
 from .kernels.packing import BLOCK
 from .kernels.select import highest
 
@@ -161,6 +162,16 @@ class KeyNorm(Policy):
         return norm.amax(-1, keepdim=True) - norm
 
 
+class KeyOutlier(Policy):
+    """Keys far from the head's mean key: they set the ranges of their groups, and are what single queries look for
+    (docs/design.md; OTT, arXiv 2505.10938, keeps such tokens unquantized too)."""
+
+    name = "key_outlier"
+
+    def score(self, prompt: Prompt, config: MiniKVConfig) -> Tensor:
+        return distance_from_mean(prompt.keys)
+
+
 class Random(Policy):
     """The control: the same tokens in every run, others in every layer."""
 
@@ -175,7 +186,7 @@ class Random(Policy):
 KEEP_ALL = "keep_all"
 POLICIES: dict[str, Policy | None] = {
     KEEP_ALL: None,
-    **{policy.name: policy for policy in (HeavyHitter(), ObservationWindow(), Recent(), KeyNorm(), Random())},
+    **{policy.name: policy for policy in (HeavyHitter(), ObservationWindow(), Recent(), KeyNorm(), KeyOutlier(), Random())},
 }
 """By name; None keeps all."""
 
@@ -225,17 +236,54 @@ def within_budget(scores: Tensor, length: int, layer: int, layers: int, config: 
     return torch.cat([position[:, :sinks], chosen, position[:, length - recent :]], -1)
 
 
+def score(name: str, prompt: Prompt, config: MiniKVConfig) -> Tensor:
+    """What policy `name` thinks of a prompt's tokens: fp32 [kv_heads, n].
+
+    Raises:
+        ValueError: the policy returns another shape.
+    """
+    scores, expected = POLICIES[name].score(prompt, config), (prompt.keys.shape[0], prompt.n)
+    if scores.shape != expected:
+        raise ValueError(f"Policy {name!r}: scores are {tuple(scores.shape)}, must be {expected}.")
+    return scores
+
+
+def important_tokens(
+    prompts: Sequence[Prompt], kept: Sequence[Tensor] | None, packed: Sequence[int], config: MiniKVConfig
+) -> Tensor:
+    """Which kept tokens are held unquantized beside the sinks.
+
+    Args:
+        kept: of each row, int64 [kv_heads, n]: the tokens of the prompt that are kept; None for all.
+        packed: of each row, how many tokens will be packed: of those and of the important ones the choice is. The first
+            ones, where none is packed.
+
+    Returns:
+        int64 [batch, kv_heads, important], ascending: places among the kept tokens.
+    """
+
+    def candidates(b: int) -> Tensor:
+        n, heads = packed[b] + config.important, prompts[b].keys.shape[0]
+        if packed[b]:
+            scores = score(config.importance, prompts[b], config)
+            scores = (scores if kept is None else scores.gather(1, kept[b]))[:, config.sinks : config.sinks + n]
+        else:
+            scores = torch.zeros(heads, n, device=prompts[b].keys.device)
+        missing = max(packed) - packed[b]
+        return F.pad(scores, (0, missing), value=-1.0) if missing else scores
+
+    rows = [candidates(b) for b in range(len(prompts))]
+    scores = rows[0] if len(rows) == 1 else torch.cat(rows)
+    return highest(scores, config.important).unflatten(0, (len(rows), -1)) + config.sinks
+
+
 def select(prompts: Sequence[Prompt], layer: int, layers: int, config: MiniKVConfig) -> list[Tensor]:
     """The prompt tokens that layer number `layer` of `layers` keeps: for each row, int64 [kv_heads, kept], ascending."""
-    policy = POLICIES[config.policy]
-    assert policy is not None, "a policy that keeps all selects nothing"
+    assert config.drops, "a policy that keeps all selects nothing"
 
     def row(prompt: Prompt) -> Tensor:
-        if prompt.n < config.sinks + config.window + BLOCK:  # nothing of it will be packed: dropping would save no byte
+        if prompt.n < config.pinned + config.window + BLOCK:  # nothing of it will be packed: dropping would save no byte
             return torch.arange(prompt.n, device=prompt.keys.device).expand(prompt.keys.shape[0], -1)
-        scores, expected = policy.score(prompt, config), (prompt.keys.shape[0], prompt.n)
-        if scores.shape != expected:
-            raise ValueError(f"Policy {policy.name!r}: scores are {tuple(scores.shape)}, must be {expected}.")
-        return within_budget(scores, prompt.n, layer, layers, config)
+        return within_budget(score(config.policy, prompt, config), prompt.n, layer, layers, config)
 
     return [row(prompt) for prompt in prompts]

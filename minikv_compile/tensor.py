@@ -18,7 +18,7 @@ from .packed import DenseOnUse, PackedInt
 aten = torch.ops.aten
 SEQ = 2  # dimension of tokens, and of blocks
 
-FORMAT = 1
+FORMAT = 2
 """Version of the tensors and of what they mean, in files that hold a cache."""
 
 
@@ -62,9 +62,11 @@ class KVTensor(DenseOnUse):
     Tensors:
         codes, scale, zero: the tier (`.tier`, a `PackedInt`), rotated; absent at 16 bits. Row b's first `state[b, 2]`
             tokens are valid.
-        dense: `[batch, kv_heads, capacity, head_dim]`: sinks, window and buffer, in order, not rotated. Row b's first
+        dense: `[batch, kv_heads, capacity, head_dim]`: sinks, important tokens, window and buffer, not rotated. Row b's first
             `length - state[b, 0]` tokens are valid.
         state: int32 `[batch, 3]`: see `ops.OFFSET`, `ops.NOT_FINITE`, `ops.IN_TIER`.
+        important: int32 `[batch, kv_heads, config.important]`, ascending: which of the prompt's stored tokens are held
+            beside the sinks; absent if none are.
         kept: uint8 `[batch, kv_heads, ceil(prompt / 8)]`, one bit per prompt token; absent if none was dropped and
             none was padding.
     Attributes:
@@ -76,7 +78,7 @@ class KVTensor(DenseOnUse):
     """
 
     tensor_data_names = ["dense", "state"]
-    optional_tensor_data_names = ["codes", "scale", "zero", "kept"]
+    optional_tensor_data_names = ["codes", "scale", "zero", "important", "kept"]
     tensor_attribute_names = ["config", "role"]
 
     def __new__(cls, tensors, config, role, length, occupancy=None):
@@ -131,7 +133,7 @@ class KVTensor(DenseOnUse):
         """Tell Dynamo which sizes change from call to call, so that none is specialised."""
         compat.mark_dynamic(self, SEQ)
         for name, tensor in self.tensors().items():
-            if name != "state":
+            if name not in ("state", "important"):
                 compat.mark_dynamic(tensor, SEQ)
         return self
 
@@ -166,7 +168,7 @@ class KVTensor(DenseOnUse):
     def dequantize(self) -> Tensor:
         """The dense tensor; zeros for what is not stored."""
         return torch.ops.minikv.dequantize(
-            self.codes, self.scale, self.zero, self.dense, self.state, self.kept, self.shape[SEQ], self.role,
+            self.codes, self.scale, self.zero, self.dense, self.state, self.important, self.kept, self.shape[SEQ], self.role,
             self.config.to_json(),
         )  # fmt: skip
 
@@ -224,7 +226,7 @@ class KVTensor(DenseOnUse):
         needed = max(b + new for b, new in zip(occupancy.blocks, blocks, strict=True))
         if needed > self.codes.shape[SEQ]:
             for name in ("codes", "scale", "zero"):
-                setattr(self, name, _resized(getattr(self, name), needed + needed // 16))
+                setattr(self, name, _resized(getattr(self, name), needed + needed // 64))
         torch.ops.minikv.flush(
             self.codes, self.scale, self.zero, self.dense, self.state, length, n, capacity, max(blocks), self.role,
             config.to_json(),
@@ -297,9 +299,9 @@ class KVTensor(DenseOnUse):
             ValueError: the rollback reaches further back than the unquantized window.
         """
         removed, config = self.shape[SEQ] - length, self.config
-        # The dense region holds the newest tokens behind the sinks, or all of a row without a tier.
+        # The dense region holds the newest tokens behind the pinned ones, or all of a row without a tier.
         dense = min(
-            self.shape[SEQ] - offset - (config.sinks if blocks else 0)
+            self.shape[SEQ] - offset - (config.pinned if blocks else 0)
             for offset, blocks in zip(self.occupancy.offsets, self.occupancy.blocks, strict=True)
         )
         if removed > dense:

@@ -153,7 +153,7 @@ def _read_outside(rewriter: Rewriter, mask: Node) -> Node:
 
 def _decode(rewriter: Rewriter, site: Site, call: Node, mask: Node | None, place: int, count: int) -> None:
     graph, config = rewriter.graph, rewriter.config
-    k, v, key, value, _, length, padding, max_length, text = call.args
+    k, v, key, value, _, _, length, padding, max_length, text = call.args
     limit = None if mask is None else max_length
     new = shape(k)[SEQ]
     if same(new, 1):

@@ -407,7 +407,7 @@ class Rewriter:
                     f"({why}). Feed one token at a time, or use a preset that drops nothing."
                 )
             log.warning("%s goes back to a dense cache: %s", node.name, why)
-            names = ("codes", "scale", "zero", "dense", "state", "kept")
+            names = ("codes", "scale", "zero", "dense", "state", "important", "kept")
             tensors = [self.field(node, name) if getattr(kv, name) is not None else None for name in names]
             # Users in the graph's order: the dense tensor stands before the first.
             with self.graph.inserting_before(min(node.users, key=list(self.graph.nodes).index)):

@@ -416,7 +416,7 @@ def test_save_and_load(preset):
 def test_load_what_does_not_fit():
     model = tiny(layers=1)
     state = MiniKVCache(model, 64).state_dict()
-    with pytest.raises(ValueError, match="of format 99: this version reads 1"):
+    with pytest.raises(ValueError, match="of format 99: this version reads 2"):
         MiniKVCache(model, 64).load_state_dict({**state, "format": 99})
     with pytest.raises(ValueError, match="another configuration"):
         MiniKVCache(model, 64, config="minikv").load_state_dict(state)
@@ -478,6 +478,7 @@ def test_any_chunks_store_what_a_kv_tensor_stores(preset, prompt_length, chunks,
         *rows,
         layer.key,
         layer.value,
+        layer.important,
         layer.kept,
         layer.length,
         layer.padding,
@@ -512,7 +513,7 @@ def test_storages_hold_the_capacity_exactly():
     config = MiniKVConfig.preset("default")
     for length in (50, 196, 197, 1000, 8192):
         key = allocate(config, ROLES[0], 1, 2, length, 32, torch.float32, torch.device("cpu"))
-        assert key[0].shape[2] == max(1, (length - 68) // 128)
+        assert key[0].shape[2] == max(1, (length - 132) // 128)
 
 
 # ---- on a GPU
@@ -594,7 +595,7 @@ def test_a_step_too_many_stops_the_device():
 
 def test_a_crop_that_one_layer_refuses_changes_none():
     model, ids = tiny(layers=2), prompt(1100)
-    config = MiniKVConfig(policy="heavy_hitter", layer_budget="pyramid")
+    config = MiniKVConfig(policy="heavy_hitter", layer_budget="pyramid", important=0)
     compiled(model, MiniKVBackend(config, "eager"))
     cache = MiniKVCache(model, 1400, config=config)
     with torch.no_grad():

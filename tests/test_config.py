@@ -13,6 +13,8 @@ WRONG = {
     "clip": [0, 0.0, -0.5, 1.01, 2, math.nan, "1"],
     "rotation": ["Hadamard", "", None],
     "sinks": [-1, 1.5, True, None],
+    "important": [-1, 0.5, True, None],
+    "importance": ["", "keep_all", "outlier", None],
     "window": [-1, 0.5, "64"],
     "buffer": [0, -128, 64, 200, 128.0],
     "policy": ["h2o", "", ["keep_all"], 3, None],
@@ -51,7 +53,7 @@ def test_skip_layers_takes_any_sequence_but_no_number():
 
 def test_presets():
     assert MiniKVConfig.preset("default") == MiniKVConfig()
-    assert (MiniKVConfig().bits, MiniKVConfig().group, MiniKVConfig().rotation) == (2, 64, "hadamard")
+    assert (MiniKVConfig().bits, MiniKVConfig().group, MiniKVConfig().rotation) == (2, 128, "hadamard")
     assert MiniKVConfig().clip == MiniKVConfig.preset("minikv").clip == 1.0  # docs/design.md says why
     assert not MiniKVConfig().drops and not MiniKVConfig.preset("lossless").drops
     paper = MiniKVConfig.preset("minikv")
@@ -96,7 +98,16 @@ def test_repr_and_differences_name_what_differs():
     assert MiniKVConfig(bits=4, window=0).differences(MiniKVConfig()) == "bits: 4 / 2, window: 0 / 64"
 
 
-@pytest.mark.parametrize("preset, share", [("default", 0.15625), ("minikv", 0.125), ("lossless", 1.0)])
+@pytest.mark.parametrize("preset, share", [("default", 0.140625), ("minikv", 0.125), ("lossless", 1.0)])
 def test_share_of_dense(preset, share):
     """2 bits and 32 bits of metadata per group, of half the tokens in `minikv`."""
     assert MiniKVConfig.preset(preset).share_of_dense == share
+
+
+def test_policies_that_observe_different_queries():
+    """One pass over the attention serves both."""
+    with pytest.raises(ConfigError, match=r"MiniKVConfig\.importance = 'observation_window': must be .*'heavy_hitter'"):
+        MiniKVConfig.preset("minikv", important=8, importance="observation_window")
+    assert MiniKVConfig(importance="observation_window").observed_queries == 64
+    assert MiniKVConfig(importance="heavy_hitter").observed_queries == 0
+    assert MiniKVConfig.preset("minikv", important=8).observed_queries == 0 and MiniKVConfig().observed_queries is None

@@ -99,7 +99,7 @@ def test_opcheck_flush(preset, role):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_opcheck_dequantize(preset, padded):
     for kv in cache(preset, valid=left_padding([300, 80], 300) if padded else None):
-        tensors = [getattr(kv, name) for name in ("codes", "scale", "zero", "dense", "state", "kept")]
+        tensors = [getattr(kv, name) for name in ("codes", "scale", "zero", "dense", "state", "important", "kept")]
         opcheck(minikv.dequantize, *tensors, 300, kv.role, kv.config.to_json())
 
 
@@ -115,15 +115,15 @@ def fixed_layer(preset, filled=True):
 @pytest.mark.parametrize("preset", ["lossless", "default"])
 def test_opcheck_store_prompt(preset):
     layer, config, k, v = fixed_layer(preset, filled=False)
-    opcheck(minikv.store_prompt, k, v, None, None, None, layer.key, layer.value, layer.kept, layer.length,
+    opcheck(minikv.store_prompt, k, v, None, None, None, layer.key, layer.value, layer.important, layer.kept, layer.length,
             layer.padding, 0, 1, 400, config)  # fmt: skip
 
 
 @pytest.mark.parametrize("preset", ["lossless", "default"])
 def test_opcheck_update(preset):
     layer, config, k, v = fixed_layer(preset)
-    opcheck(minikv.update, k[:, :, :5], v[:, :, :5], layer.key, layer.value, layer.kept, layer.length, layer.padding,
-            400, config)  # fmt: skip
+    opcheck(minikv.update, k[:, :, :5], v[:, :, :5], layer.key, layer.value, layer.important, layer.kept, layer.length,
+            layer.padding, 400, config)  # fmt: skip
 
 
 @pytest.mark.parametrize("preset", ["lossless", "default"])
@@ -266,29 +266,40 @@ def test_scores_are_column_sums_of_the_attention_map(seq, ratio, last):
 # ---- compress
 
 
-def compress_by_hand(x, tokens, config, role):
-    """What a row and head should hold, in order: float32 [kept, head_dim], and how many of them are packed."""
+def important_by_hand(keys, packed, config):
+    """Of a row and head's keys [kept, head_dim]: the places of those farthest from the mean of all of the prompt's."""
+    places = list(range(config.sinks, config.sinks + config.important))
+    if packed:
+        candidates = range(config.sinks, config.sinks + config.important + packed)
+        places = sorted(candidates, key=lambda i: -keys[i])[: config.important]
+    return sorted(places)
+
+
+def compress_by_hand(x, tokens, distance, config, role):
+    """What a row and head should hold, in order: float32 [kept, head_dim], and which of them are packed."""
     x = x[tokens].float()
-    packed = max(0, len(x) - config.sinks - config.window) // BLOCK * BLOCK
     if config.bits == 16:
-        return x, 0
+        return x, []
+    packed = max(0, len(x) - config.sinks - config.important - config.window) // BLOCK * BLOCK
+    if not packed:
+        return x, []
+    important = important_by_hand(distance[tokens].tolist(), packed, config)
+    places = [i for i in range(config.sinks, len(x)) if i not in important][:packed]
     rotation = rotation_matrix(config.rotation, x.shape[1], x.device)
-    part = x[config.sinks : config.sinks + packed]
-    part = part if rotation is None else part @ rotation
+    part = x[places] if rotation is None else x[places] @ rotation
     if role == "key":
-        groups = part.T.unflatten(1, (-1, config.group)) if packed else part.T[..., None]
+        groups = part.T.unflatten(1, (-1, config.group))
     else:
         groups = part.unflatten(1, (-1, config.value_group(x.shape[1])))
-    if packed:
-        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        clip = config.clip or (0.75 if config.bits == 2 else 1)
-        middle, half = (low + high) / 2, (high - low) / 2 * clip
-        low, high = middle - half, middle + half
-        zero, step = low.bfloat16().float(), ((high - low) / (2**config.bits - 1)).bfloat16().float()
-        groups = ((groups - zero) / step).round().clamp(0, 2**config.bits - 1) * step + zero
-        part = groups.flatten(1).T if role == "key" else groups.flatten(1)
-        part = part if rotation is None else part @ rotation.T
-    return torch.cat([x[: config.sinks], part, x[config.sinks + packed :]]), packed
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    middle, half = (low + high) / 2, (high - low) / 2 * config.clip
+    low, high = middle - half, middle + half
+    zero, step = low.bfloat16().float(), ((high - low) / (2**config.bits - 1)).bfloat16().float()
+    groups = ((groups - zero) / step).round().clamp(0, 2**config.bits - 1) * step + zero
+    part = groups.flatten(1).T if role == "key" else groups.flatten(1)
+    x = x.clone()
+    x[places] = part if rotation is None else part @ rotation.T
+    return x, places
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -297,13 +308,14 @@ def compress_by_hand(x, tokens, config, role):
     "config",
     [
         MiniKVConfig(),
-        MiniKVConfig(bits=4, group=32, sinks=0, window=10),
+        MiniKVConfig(bits=4, group=32, sinks=0, important=0, window=10),
         MiniKVConfig(bits=8, rotation="none", sinks=2, clip=0.9),
         MiniKVConfig.preset("minikv"),
         MiniKVConfig.preset("minikv", sinks=4, window=16, rotation="hadamard", heavy=100, recent=50),
+        MiniKVConfig.preset("minikv", important=30),
         MiniKVConfig.preset("lossless"),
     ],
-    ids=["default", "4 bits", "8 bits", "minikv", "mixed", "lossless"],
+    ids=["default", "4 bits", "8 bits", "minikv", "mixed", "both", "lossless"],
 )
 def test_compress_by_hand(config, dim, padded):
     seq, layer, layers = 700, 1, 3
@@ -322,14 +334,14 @@ def test_compress_by_hand(config, dim, padded):
             for head in range(2):
                 tokens = own if chosen is None else own[chosen[row][head]]
                 assert torch.equal(mask[row, head].nonzero().flatten(), tokens)
-                expected, packed = compress_by_hand(x[row, head], tokens, config, held.role)
-                assert held.state[row].tolist() == [seq - (len(tokens) - packed), 0, packed]
+                distance = (k[row, head] - k[row, head, own].mean(0)).square().sum(-1)
+                expected, packed = compress_by_hand(x[row, head], tokens, distance, config, held.role)
+                assert held.state[row].tolist() == [seq - (len(tokens) - len(packed)), 0, len(packed)]
                 # Scale, zero or a code may be rounded the other way, here and there.
                 close = torch.isclose(dense[row, head, tokens], expected, rtol=1e-4, atol=1e-4)
                 assert close.float().mean() > 0.995
-                sinks, rest = config.sinks, config.sinks + packed
-                assert torch.equal(dense[row, head, tokens[:sinks]], expected[:sinks])
-                assert torch.equal(dense[row, head, tokens[rest:]], expected[rest:])
+                exact = [i for i in range(len(tokens)) if i not in set(packed)]
+                assert torch.equal(dense[row, head, tokens[exact]], expected[exact])
 
 
 @pytest.mark.parametrize("where", ["packed", "dense"])
@@ -346,17 +358,17 @@ def test_compress_counts_tokens_that_are_not_finite(where):
 
 
 def test_flush_moves_whole_blocks_of_full_rows_only():
-    """Row 0 has 300 tokens, row 1 has 180: at a capacity of 196, with 4 sinks and 64 in the window."""
-    k, _ = cache(valid=left_padding([300, 180], 300))
+    """Row 0 has 364 tokens, row 1 has 244: at a capacity of 260, with 4 sinks, 64 important ones and 64 in the window."""
+    k, _ = cache(length=364, valid=left_padding([364, 244], 364))
     before, dense = k.state.clone(), k.dequantize()
-    minikv.flush(k.codes, k.scale, k.zero, k.dense, k.state, 300, 30, 196, 1, "key", k.config.to_json())
-    # Row 0: 128 packed, 172 dense: 172 + 30 > 196, one block of 104 does not fill. Row 1: 180 dense, 112: neither.
+    minikv.flush(k.codes, k.scale, k.zero, k.dense, k.state, 364, 30, 260, 1, "key", k.config.to_json())
+    # Row 0: 128 packed, 236 dense: 236 + 30 > 260, one block of 104 does not fill. Row 1: 244 dense, 112: neither.
     assert torch.equal(k.state, before) and torch.equal(k.dequantize(), dense)
-    k, _ = cache(length=320, valid=left_padding([320, 190], 320))
+    k, _ = cache(length=384, valid=left_padding([384, 254], 384))
     for _ in range(4):
         k = torch.cat([k, torch.randn(2, 2, 1, 32)], 2)
     assert k.state[:, 2].tolist() == [128, 0]
-    k = torch.cat([k, torch.randn(2, 2, 1, 32)], 2)  # row 0 held 196, row 1 holds 194
+    k = torch.cat([k, torch.randn(2, 2, 1, 32)], 2)  # row 0 held 260, row 1 holds 258
     assert k.state[:, 2].tolist() == [256, 0] and k.state[:, 0].tolist() == [256, 130]
 
 

@@ -1,0 +1,114 @@
+"""Which tokens are held apart: how far keys lie from the mean key of their head, and the order of storage."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .jit import to_fp32, unit_last
+
+AVERAGED = 1024
+"""Keys, at least, whose mean is taken: of a longer prompt, every second, third, ... key."""
+
+
+def _mean(keys: Tensor) -> Tensor:
+    """fp32 [kv_heads, head_dim]."""
+    return keys[:, :: max(1, keys.shape[1] // AVERAGED)].mean(1, dtype=torch.float32)
+
+
+def distance_from_mean_reference(keys: Tensor) -> Tensor:
+    """The squared distance of each key from the mean key (of about `AVERAGED`), in plain PyTorch.
+
+    Args:
+        keys: [kv_heads, n, head_dim], any strides.
+
+    Returns:
+        fp32 [kv_heads, n]; 0 where it is not finite.
+    """
+    return (keys.float() - _mean(keys)[:, None]).square().sum(-1).nan_to_num(0.0, 0.0, 0.0)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _distance_kernel(
+    KEYS, MEAN, OUT, stride_h, stride_n, n, D: tl.constexpr, DP: tl.constexpr, TOKENS: tl.constexpr
+):  # fmt: skip
+    """One program: TOKENS tokens of one head."""
+    head = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    channel = tl.arange(0, DP)
+    at = KEYS + head * stride_h + token.to(tl.int64)[:, None] * stride_n + channel[None, :]
+    keys = to_fp32(tl.load(at, mask=(token < n)[:, None] & (channel < D)[None, :], other=0.0))
+    away = keys - tl.load(MEAN + head * D + channel, mask=channel < D, other=0.0)[None, :]
+    distance = tl.sum(away * away, 1)
+    tl.store(OUT + head * n + token, tl.where(distance < float("inf"), distance, 0.0), mask=token < n)
+
+
+def distance_from_mean_triton(keys: Tensor) -> Tensor:
+    """`distance_from_mean` as a Triton kernel: the keys are read once, and nothing of their size is made."""
+    keys = unit_last(keys)
+    heads, n, dim = keys.shape
+    out = torch.empty(heads, n, dtype=torch.float32, device=keys.device)
+    tokens = 32
+    _distance_kernel[(triton.cdiv(n, tokens), heads)](
+        keys, _mean(keys), out, *keys.stride()[:2], n, D=dim, DP=triton.next_power_of_2(dim), TOKENS=tokens, num_warps=4
+    )
+    return out
+
+
+def distance_from_mean(keys: Tensor) -> Tensor:
+    """Arguments and result as in `distance_from_mean_reference`."""
+    run = distance_from_mean_triton if keys.is_cuda else distance_from_mean_reference
+    return run(keys)
+
+
+def stored_order_reference(important: Tensor, n: int, sinks: int) -> Tensor:
+    """Tokens in the order of storage: sinks, important tokens, the rest; in plain PyTorch.
+
+    Args:
+        important: int64 [batch, kv_heads, count], ascending, below `n`, none of them one of the first `sinks` tokens.
+
+    Returns:
+        int64 [batch, kv_heads, n].
+    """
+    lead, count = important.shape[:2], important.shape[2]
+    token = torch.arange(n - count, device=important.device).expand(*lead, -1)
+    # Important token m has `important[m] - m` others before it.
+    others_before = important - torch.arange(count, device=important.device)
+    rest = token[..., sinks:].contiguous()
+    rest = rest + torch.searchsorted(others_before, rest, right=True)
+    return torch.cat([token[..., :sinks], important, rest], -1)
+
+
+@triton.jit(do_not_specialize=["n", "sinks"])
+def _order_kernel(
+    IMPORTANT, OUT, n, sinks, count, COUNT: tl.constexpr, SLOTS: tl.constexpr
+):  # fmt: skip
+    """One program: SLOTS slots of one head of a row."""
+    row = tl.program_id(1).to(tl.int64)
+    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    m = tl.arange(0, COUNT)
+    important = tl.load(IMPORTANT + row * count + m, mask=m < count, other=n + COUNT)
+    token = slot - count
+    rest = token + tl.sum(((important - m)[None, :] <= token[:, None]).to(tl.int32), 1)
+    apart = tl.load(IMPORTANT + row * count + slot - sinks, mask=(slot >= sinks) & (token < sinks), other=0)
+    stored = tl.where(slot < sinks, slot, tl.where(token < sinks, apart, rest))
+    tl.store(OUT + row * n + slot, stored.to(tl.int64), mask=slot < n)
+
+
+def stored_order_triton(important: Tensor, n: int, sinks: int) -> Tensor:
+    """`stored_order` as a Triton kernel: one launch."""
+    batch, heads, count = important.shape
+    out = torch.empty(batch, heads, n, dtype=torch.int64, device=important.device)
+    slots = 64
+    _order_kernel[(triton.cdiv(n, slots), batch * heads)](
+        important.contiguous(), out, n, sinks, count, COUNT=triton.next_power_of_2(count), SLOTS=slots, num_warps=4
+    )
+    return out
+
+
+def stored_order(important: Tensor, n: int, sinks: int) -> Tensor:
+    """Arguments and result as in `stored_order_reference`."""
+    run = stored_order_triton if important.is_cuda else stored_order_reference
+    return run(important, n, sinks)
