@@ -1,4 +1,4 @@
-"""The tokens with the highest scores, in the order of their positions."""
+"""The tokens with the highest scores, in the order of their positions, and which ones they are, in bits."""
 
 from __future__ import annotations
 
@@ -95,3 +95,52 @@ def highest(scores: Tensor, count: int) -> Tensor:
     """Arguments and result as in `highest_reference`."""
     run = highest_triton if scores.is_cuda else highest_reference
     return run(scores, count)
+
+
+def bitmask_reference(index: Tensor, counts: Tensor, n: int) -> Tensor:
+    """Which of `n` tokens are among `index`, in plain PyTorch.
+
+    Args:
+        index: int64 [batch, heads, kept], below `n`. counts: int [batch]: only the first so many of a row count.
+
+    Returns:
+        uint8 [batch, heads, ceil(n / 8)]: bit s % 8 of byte s // 8 stands for token s.
+    """
+    batch, heads, kept = index.shape
+    mask = torch.zeros(batch, heads, -(-n // 8) * 8 + 1, dtype=torch.bool, device=index.device)
+    real = torch.arange(kept, device=index.device) < counts[:, None, None]
+    mask.scatter_(2, torch.where(real, index, mask.shape[-1] - 1), True)
+    bits = mask[..., :-1].unflatten(-1, (-1, 8)).to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return bits.sum(-1, dtype=torch.uint8)
+
+
+@triton.jit(do_not_specialize=["kept", "words"])
+def _bitmask_kernel(
+    INDEX, COUNTS, OUT, stride_b, stride_h, stride_k, stride_counts, kept, words, HEADS: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """One program: TILE places of one head of a row."""
+    row = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    real = (place < kept) & (place < tl.load(COUNTS + row // HEADS * stride_counts))
+    at = INDEX + row // HEADS * stride_b + row % HEADS * stride_h + place.to(tl.int64) * stride_k
+    token = tl.load(at, mask=real, other=0)
+    bit = tl.full([TILE], 1, tl.int32) << (token % 32).to(tl.int32)
+    tl.atomic_or(OUT + row * words + token // 32, bit, mask=real)
+
+
+def bitmask_triton(index: Tensor, counts: Tensor, n: int) -> Tensor:
+    """`bitmask` as a Triton kernel. In words of 32 bits, whose bytes are in ascending order."""
+    batch, heads, kept = index.shape
+    words = triton.cdiv(n, 32)
+    out = torch.zeros(batch, heads, words, dtype=torch.int32, device=index.device)
+    tile = 256
+    _bitmask_kernel[(triton.cdiv(kept, tile), batch * heads)](
+        index, counts, out, *index.stride(), counts.stride(0), kept, words, HEADS=heads, TILE=tile, num_warps=4
+    )
+    return out.view(torch.uint8)[..., : -(-n // 8)].contiguous()
+
+
+def bitmask(index: Tensor, counts: Tensor, n: int) -> Tensor:
+    """Arguments and result as in `bitmask_reference`."""
+    run = bitmask_triton if index.is_cuda else bitmask_reference
+    return run(index, counts, n)

@@ -5,25 +5,31 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .bench import DENSE, QUANTO, TRANSFORMERS, bench_table, check_method, parse_cases, run_cases
 from .config import PRESETS, ConfigError
 from .evaluate import PLACES, TEXT, Group, make_group, record_groups, run_methods
 from .longbench import METRICS, TEMPLATE, load_records
 from .measure import FULL, Measurement, answers_table, draw_kept, figures_table, layers_table, measure, parse_method
+from .plan import Planner, parse_bytes, parse_tokens, plan_table
 from .provenance import provenance
 from .report import explain as explain_model
 from .results import draw_pareto, tables
+from .shapes import SHAPES, load_config, load_model, random_model, title, weight_bytes
 from .tasks import FACT_TASKS, TASKS
 
 METHODS = f'"{FULL}" (the dense cache) or a preset ({", ".join(PRESETS)}), changed or not: "default:group=32:bits=4"'
+MODELS = f"A named shape ({', '.join(SHAPES)}), or path or name of a Hugging Face causal LM."
 REPLY = 512
 """Tokens of the longest reply that a data set asks for."""
 
@@ -32,20 +38,43 @@ console = Console()
 
 Model = Annotated[str, typer.Option(help="Path or name of a Hugging Face causal LM.")]
 Device = Annotated[str, typer.Option(help='"cpu", "cuda", or "auto": CUDA where there is one.')]
-Dtype = Annotated[str, typer.Option(help='"bfloat16", "float16", "float32", or "auto": the checkpoint\'s.')]
-Inner = Annotated[
-    str, typer.Option(help='Compiler of the rewritten graph: "inductor", "eager", or "auto" (Inductor on CUDA).')
+Dtype = Annotated[
+    Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help='"auto": the checkpoint\'s.')
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the figures here.")]
+Inner = Annotated[
+    Literal["auto", "inductor", "eager"],
+    typer.Option(help='Compiler of the rewritten graph; "auto": Inductor on CUDA.'),
+]
+
+
+def _in_a_folder(path: Path | None) -> Path | None:
+    """Said before the work, not after it."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {path.absolute().parent}.")
+    return path
+
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures here.", callback=_in_a_folder)]
 
 
 def load(path: str, device: str = "auto", dtype: str = "auto"):
-    """A causal LM and its tokenizer, in eval mode, on its device."""
+    """A causal LM and its tokenizer, in eval mode, on its device.
+
+    Raises:
+        typer.BadParameter: there is no such model or device.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-    return model.eval().to(device), AutoTokenizer.from_pretrained(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"cannot load {path!r}: {str(error).splitlines()[0]}", param_hint="--model") from error
+    try:
+        return model.eval().to(device), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"{device!r}: {str(error).splitlines()[0]}", param_hint="--device") from error
 
 
 def inner_for(model, inner: str) -> str:
@@ -120,6 +149,105 @@ def explain(
     lm, tokenizer = load(model, device, dtype)
     ids = torch.randint(0, lm.config.vocab_size, (1, tokens), device=lm.device)
     console.print(str(explain_model(lm, input_ids=ids)))
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help=MODELS)],
+    gpu_memory: Annotated[str, typer.Option(help="What the GPU has: 80GB, 24GiB.")],
+    prompt: Annotated[str, typer.Option(help="Tokens of a prompt: 32768, 128k.")] = "32k",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Of a reply: every cache has room for them too.")] = 256,
+    methods: Annotated[str, typer.Option(help=f"Comma-separated; each {METHODS}.")] = ",".join((FULL, *PRESETS)),
+    dtype: Dtype = "auto",
+    reserve: Annotated[
+        str, typer.Option(help="Left free: for CUDA's context, kernels' scratch and what the allocator cannot use.")
+    ] = "1GB",
+    json_file: Json = None,
+) -> None:
+    """Say what fits a GPU: the largest batch of a prompt, and the longest prompt of one row, under each method.
+
+    Needs neither the GPU nor the weights. Caches are `MiniKVCache`s, which have room for whole prompts, and static dense
+    ones; their bytes are exact. Prompts are read row by row; what that takes besides is an estimate.
+    """
+    chosen = split_methods(methods)
+    check_methods(chosen, "--methods")
+    memory, left = (_parsed(parse_bytes, text, option) for text, option in
+                    ((gpu_memory, "--gpu-memory"), (reserve, "--reserve")))  # fmt: skip
+    tokens = _parsed(parse_tokens, prompt, "--prompt")
+    config = _parsed(load_config, model, "--model")
+    lm = random_model(config, "meta", None if dtype == "auto" else getattr(torch, dtype))
+    fits = []
+    with console.status("") as status:
+        for method in chosen:
+            status.update(f"{method}: making caches, reading a prompt, without data")
+            fits.append(Planner(lm, method, new_tokens).fit(memory - left, tokens))
+    weights = weight_bytes(lm)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    head = f"{title(model)}, weights {weights / 2**30:.2f} GiB, prompts of {tokens:,} tokens, {gpu_memory} less {reserve}"
+    console.print(plan_table(fits, head, positions))
+    if json_file is not None:
+        about = {
+            **provenance("cpu"), "model": model, "dtype": str(lm.dtype).removeprefix("torch."), "weight_bytes": weights,
+            "gpu_memory": memory, "reserve": left, "prompt": tokens, "new_tokens": new_tokens, "positions": positions,
+        }  # fmt: skip
+        json_file.write_text(json.dumps({**about, "fits": [asdict(fit) for fit in fits]}, indent=1) + "\n")
+
+
+def _parsed(parse: Callable, text: str, option: str) -> Any:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help=MODELS)] = "llama-3.1-8b",
+    cases: Annotated[str, typer.Option(help="Batch x prompt tokens, several with commas.")] = "1x128k,16x32k",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help=f'Comma-separated: "{DENSE}" (the fastest in plain PyTorch), "{TRANSFORMERS}" (as it is), "{QUANTO}" '
+            f"(its QuantizedCache, 2 bits), or a preset ({', '.join(PRESETS)}), changed or not."
+        ),
+    ] = f"{DENSE},{TRANSFORMERS},default,minikv",
+    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than a named shape has.")] = None,
+    inner: Annotated[
+        Literal["inductor", "eager"], typer.Option(help="Compiler of the decode step, of dense and ours.")
+    ] = "inductor",
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps that are timed.")] = 64,
+    device: Device = "auto",
+    minutes: Annotated[
+        float, typer.Option(help="Start nothing new after so long.", show_default="no limit")
+    ] = float("inf"),
+    json_file: Json = None,
+) -> None:
+    """Time prefill and decode of a whole model in bf16, and its memory, with each method."""
+    chosen, tried = split_methods(methods), _parsed(parse_cases, cases, "--cases")
+    for method in chosen:
+        try:
+            check_method(method)
+        except (ConfigError, ImportError) as error:
+            raise typer.BadParameter(str(error), param_hint="--methods") from None
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    lm = _parsed(partial(load_model, layers=layers, device=place, dtype=torch.bfloat16), model, "--model")
+    count = lm.config.get_text_config().num_hidden_layers
+    about = {**provenance(place), "shape": model, "layers": count, "weight_bytes": weight_bytes(lm)}
+    results = []
+    for result in run_cases(lm, tried, chosen, inner, steps, minutes):
+        print(result if isinstance(result, str) else json.dumps(asdict(result)), flush=True)
+        if isinstance(result, str):
+            continue
+        results.append(result)
+        if json_file is not None:  # after each: a run that is killed leaves what it has
+            json_file.write_text(json.dumps({**about, "results": [asdict(r) for r in results]}, indent=1) + "\n")
+    weights = "random weights" if model in SHAPES else "its weights"
+    console.print(bench_table(results, f"{title(model)}, {count} layers, bf16, {weights}"))
+
+
+def split_methods(text: str) -> list[str]:
+    """A comma-separated option, not split at the commas of a list."""
+    return re.split(r",(?![^\[]*\])", text)
 
 
 def listed(text: str, names: tuple[str, ...], option: str) -> list[str]:
@@ -199,7 +327,7 @@ def evaluate(
     names = listed(tasks or ("" if jsonl else ",".join(FACT_TASKS)), (*TASKS, TEXT), "--tasks")
     tokens, where = numbers(lengths, "--lengths"), listed(places, PLACES, "--places")
     listed(metric or "", tuple(METRICS), "--metric")
-    chosen = re.split(r",(?![^\[]*\])", methods)  # not at the commas of a list
+    chosen = split_methods(methods)
     check_methods(chosen, "--methods")
     torch.manual_seed(seed)
     lm, tokenizer = load(model, device, dtype)

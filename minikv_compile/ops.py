@@ -16,6 +16,7 @@ from .kernels import attention, compress, packing, prefill, scores
 from .kernels import flush as flush_kernels
 from .kernels.important import stored_order
 from .kernels.packing import BLOCK, metadata_dtype, words
+from .kernels.select import bitmask
 from .policy import Prompt, important_tokens, select
 from .rotation import rotation_matrix
 
@@ -113,16 +114,6 @@ def _(q, k, v, order, lengths, scale, observed):
     return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
 
 
-def _bitmask(index: Tensor, counts: Tensor, seq: int) -> Tensor:
-    """uint8 [batch, kv_heads, ceil(seq / 8)]: bit s % 8 of byte s // 8 says whether token s is kept."""
-    batch, heads, kept = index.shape
-    mask = torch.zeros(batch, heads, -(-seq // 8) * 8 + 1, dtype=torch.bool, device=index.device)
-    real = torch.arange(kept, device=index.device) < counts[:, None, None]
-    mask.scatter_(2, torch.where(real, index, mask.shape[-1] - 1), True)
-    bits = mask[..., :-1].unflatten(-1, (-1, 8)).to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return bits.sum(-1, dtype=torch.uint8)
-
-
 def dense_capacity(config: MiniKVConfig, used: int) -> int:
     """Tokens of a dense region that holds `used`."""
     if config.bits == 16 or used > config.capacity:
@@ -201,7 +192,7 @@ def compress_prompt(
             index = stored if index is None else index.gather(2, stored)
     if settings.drops or padded:
         everything = torch.arange(seq, device=k.device).expand(batch, heads, -1) if index is None else index
-        shared.append(_bitmask(everything, rows[:, IN_TIER] + rows[:, -1], seq))
+        shared.append(bitmask(everything, rows[:, IN_TIER] + rows[:, -1], seq))
     if index is not None:
         index = index.contiguous()
 

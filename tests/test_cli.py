@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from minikv_compile.cli import app
@@ -42,3 +43,21 @@ def test_an_unknown_method_is_named(tmp_path):
 
 def test_explain_prints_every_site():
     assert "16 of 16 attention sites" in run("explain", "--model", MODEL, "--tokens", 8, "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (["--dtype", "int8"], "bfloat16"),
+        (["--inner", "gcc"], "inductor"),
+        (["--json", "/no/such/folder/x.json"], "no folder /no/such/folder"),
+        (["--model", "/no/such/model"], "cannot load '/no/such/model'"),
+        (["--device", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_arguments_are_named(tmp_path, wrong, said):
+    """In one line, not in a traceback."""
+    text = tmp_path / "prompt.txt"
+    text.write_text("x")
+    result = CliRunner().invoke(app, ["generate", "--model", MODEL, "--prompt-file", str(text), *wrong])
+    assert result.exit_code == 2 and said in " ".join(result.output.replace("│", " ").split())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minikv_compile.kernels.select import highest_reference, highest_triton
+from minikv_compile.kernels.select import bitmask_reference, bitmask_triton, highest_reference, highest_triton
 
 
 @pytest.mark.parametrize("n, count", [(1, 1), (7, 0), (700, 200), (5000, 4999), (9000, 1), (40000, 3000)])
@@ -22,3 +22,19 @@ def test_equal_scores(device):
         threshold = row[taken].min()
         at = (row == threshold).nonzero().flatten()
         assert torch.equal(taken[row[taken] == threshold], at[: (row[taken] == threshold).sum()])
+
+
+@pytest.mark.parametrize("n", [1, 8, 31, 300, 4096])
+@pytest.mark.parametrize("expanded", [False, True])
+def test_bitmask(device, n, expanded):
+    kept = max(1, n // 2)
+    if expanded:
+        index = torch.arange(kept, device=device).expand(3, 2, -1)
+    else:
+        index = torch.stack([torch.randperm(n, device=device)[:kept] for _ in range(6)]).view(3, 2, -1)
+    counts = torch.tensor([[7, kept], [7, kept // 2], [7, 0]], dtype=torch.int32, device=device)[:, 1]
+    bits = bitmask_triton(index, counts, n)
+    assert torch.equal(bits, bitmask_reference(index, counts, n)) and bits.is_contiguous()
+    for row, count in enumerate(counts.tolist()):
+        tokens = index[row, 1, :count].tolist()
+        assert [s for s in range(n) if bits[row, 1, s // 8] >> s % 8 & 1] == sorted(tokens)
