@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .jit import to_fp32, unit_last
 
-AVERAGED = 1024
+AVERAGED = 256
 """Keys, at least, whose mean is taken: of a longer prompt, every second, third, ... key."""
 
 
@@ -89,7 +89,7 @@ def _order_kernel(
     row = tl.program_id(1).to(tl.int64)
     slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     m = tl.arange(0, COUNT)
-    important = tl.load(IMPORTANT + row * count + m, mask=m < count, other=n + COUNT)
+    important = tl.load(IMPORTANT + row * count + m, mask=m < count, other=n + COUNT).to(tl.int32)
     token = slot - count
     rest = token + tl.sum(((important - m)[None, :] <= token[:, None]).to(tl.int32), 1)
     apart = tl.load(IMPORTANT + row * count + slot - sinks, mask=(slot >= sinks) & (token < sinks), other=0)

@@ -29,11 +29,14 @@ def _bits(SCORES, row, stride, low, n, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "count"])
 def _highest_kernel(SCORES, OUT, stride, n, count, TILE: tl.constexpr, ONE_TILE: tl.constexpr):
-    """One program: one row, which it reads once for each two bits, or once where it fits in registers."""
+    """One program: one row, which it reads once for each two bits, or once where it fits in registers; until as many
+    scores as wanted reach the threshold, which seldom takes all bits."""
     row = tl.program_id(0).to(tl.int64)
     bits = _bits(SCORES, row, stride, 0, n, TILE)
     threshold = 0  # what `count` scores reach; two more bits of the largest such number a round
-    for i in range(16):
+    reached = n  # by how many
+    i = 0
+    while (i < 16) & (reached != count):
         first = threshold | (1 << (30 - 2 * i))
         # Bit 31 is the sign: in the first round there is only one candidate.
         high = 1 << tl.minimum(30 - 2 * i, 28)
@@ -55,6 +58,10 @@ def _highest_kernel(SCORES, OUT, stride, n, count, TILE: tl.constexpr, ONE_TILE:
         threshold = tl.where(firsts >= count, first, threshold)
         threshold = tl.where(seconds >= count, second, threshold)
         threshold = tl.where(thirds >= count, third, threshold)
+        reached = tl.where(firsts >= count, firsts, reached)
+        reached = tl.where(seconds >= count, seconds, reached)
+        reached = tl.where(thirds >= count, thirds, reached)
+        i += 1
 
     # Of the scores at the threshold, the first ones. Counts of both kinds go through one scan.
     above = tl.sum((bits > threshold).to(tl.int32))

@@ -5,8 +5,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minikv_compile import MiniKVConfig, cache_report
-from minikv_compile.policy import POLICIES, Policy, Prompt, in_tokens, layer_budgets, pyramid, uniform, within_budget
+from minikv_compile import MiniKVBackend, MiniKVConfig, cache_report
+from minikv_compile.ops import take_tokens
+from minikv_compile.policy import (
+    POLICIES,
+    Policy,
+    Prompt,
+    important_tokens,
+    in_tokens,
+    layer_budgets,
+    pyramid,
+    uniform,
+    within_budget,
+)
 
 from .helpers import compiled, greedy, make_backend, prompt, tiny
 
@@ -201,3 +212,36 @@ def test_explicit_layer_budgets():
     assert [int(mask[0].sum()) for mask in masks] == [150 + 64, 50 + 64]
     with pytest.raises(Exception, match="layer_budget has 3 shares, the model 2 layers"):
         kept_of("heavy_hitter", layer_budget=(3.0, 1.0, 1.0))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 900), min_size=1, max_size=3), sinks=st.integers(0, 5), count=st.integers(1, 70),
+    window=st.integers(0, 40), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_important_tokens_are_those_of_the_highest_scores(lengths, sinks, count, window, seed):
+    """Each row's own ones, whatever rows are beside it; none is a sink, or so new that it will not be packed."""
+    torch.manual_seed(seed)
+    config = MiniKVConfig(sinks=sinks, important=count, window=window)
+    prompts = [Prompt(n, 0, None, *torch.randn(2, 2, n, 16), None) for n in lengths]
+    packed = [max(0, n - config.pinned - window) // 128 * 128 for n in lengths]
+    chosen = important_tokens(prompts, None, packed, config)
+    assert chosen.shape == (len(lengths), 2, count) and (chosen.diff(dim=-1) > 0).all()
+    for row, tokens, places in zip(prompts, packed, chosen, strict=True):
+        last = sinks + count + tokens
+        assert places.min() >= sinks and places.max() < last
+        if tokens:
+            distance = (row.keys - row.keys[:, :: max(1, row.n // 256)].mean(1, keepdim=True)).norm(dim=-1)
+            assert torch.equal(places, distance[:, sinks:last].topk(count).indices.sort().values + sinks)
+
+
+@pytest.mark.parametrize("importance", ["heavy_hitter", "observation_window", "recent", "random"])
+def test_importance_by_any_policy(importance):
+    """Also one that looks at attention, for which the prefill then computes scores."""
+    model = tiny()
+    config = MiniKVConfig(importance=importance, important=20, group=32)
+    ids = prompt(400, 2)
+    out = greedy(compiled(model, MiniKVBackend(config, "eager")), ids, 3)
+    kv = out.past_key_values.layers[1].keys
+    assert kv.important.shape == (2, 2, 20) and kv.state[:, 2].tolist() == [256, 256]
+    held = take_tokens(kv.dequantize(), kv.important.long())
+    assert torch.equal(held, kv.dense[:, :, 4:24])
