@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .bench import DENSE, QUANTO, TRANSFORMERS, bench_table, check_method, parse_cases, run_cases
+from .bench import DENSE, QUANTO, TRANSFORMERS, bench_table, check_method, check_model, parse_cases, run_cases
 from .config import PRESETS, ConfigError
 from .evaluate import PLACES, TEXT, Group, make_group, record_groups, run_methods
 from .longbench import METRICS, TEMPLATE, load_records
@@ -30,6 +30,10 @@ from .tasks import FACT_TASKS, TASKS
 
 METHODS = f'"{FULL}" (the dense cache) or a preset ({", ".join(PRESETS)}), changed or not: "default:group=32:bits=4"'
 MODELS = f"A named shape ({', '.join(SHAPES)}), or path or name of a Hugging Face causal LM."
+DECODERS = (
+    f'Comma-separated: "{DENSE}" (the fastest in plain PyTorch), "{TRANSFORMERS}" (as it is), "{QUANTO}" (its '
+    f"QuantizedCache, 2 bits), or a preset ({', '.join(PRESETS)}), changed or not."
+)
 REPLY = 512
 """Tokens of the longest reply that a data set asks for."""
 
@@ -171,16 +175,16 @@ def plan(
     """
     chosen = split_methods(methods)
     check_methods(chosen, "--methods")
-    memory, left = (_parsed(parse_bytes, text, option) for text, option in
-                    ((gpu_memory, "--gpu-memory"), (reserve, "--reserve")))  # fmt: skip
-    tokens = _parsed(parse_tokens, prompt, "--prompt")
-    config = _parsed(load_config, model, "--model")
+    memory = _parsed(parse_bytes, gpu_memory, option="--gpu-memory")
+    left = _parsed(parse_bytes, reserve, option="--reserve")
+    tokens = _parsed(parse_tokens, prompt, option="--prompt")
+    config = _parsed(load_config, model, option="--model")
     lm = random_model(config, "meta", None if dtype == "auto" else getattr(torch, dtype))
     fits = []
     with console.status("") as status:
         for method in chosen:
             status.update(f"{method}: making caches, reading a prompt, without data")
-            fits.append(Planner(lm, method, new_tokens).fit(memory - left, tokens))
+            fits.append(_parsed(Planner(lm, method, new_tokens).fit, memory - left, tokens, option="--model"))
     weights = weight_bytes(lm)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     head = f"{title(model)}, weights {weights / 2**30:.2f} GiB, prompts of {tokens:,} tokens, {gpu_memory} less {reserve}"
@@ -193,9 +197,9 @@ def plan(
         json_file.write_text(json.dumps({**about, "fits": [asdict(fit) for fit in fits]}, indent=1) + "\n")
 
 
-def _parsed(parse: Callable, text: str, option: str) -> Any:
+def _parsed(parse: Callable, *args: Any, option: str, **kwargs: Any) -> Any:
     try:
-        return parse(text)
+        return parse(*args, **kwargs)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=option) from None
 
@@ -204,13 +208,7 @@ def _parsed(parse: Callable, text: str, option: str) -> Any:
 def bench(
     model: Annotated[str, typer.Option(help=MODELS)] = "llama-3.1-8b",
     cases: Annotated[str, typer.Option(help="Batch x prompt tokens, several with commas.")] = "1x128k,16x32k",
-    methods: Annotated[
-        str,
-        typer.Option(
-            help=f'Comma-separated: "{DENSE}" (the fastest in plain PyTorch), "{TRANSFORMERS}" (as it is), "{QUANTO}" '
-            f"(its QuantizedCache, 2 bits), or a preset ({', '.join(PRESETS)}), changed or not."
-        ),
-    ] = f"{DENSE},{TRANSFORMERS},default,minikv",
+    methods: Annotated[str, typer.Option(help=DECODERS)] = f"{DENSE},{TRANSFORMERS},default,minikv",
     layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than a named shape has.")] = None,
     inner: Annotated[
         Literal["inductor", "eager"], typer.Option(help="Compiler of the decode step, of dense and ours.")
@@ -223,14 +221,15 @@ def bench(
     json_file: Json = None,
 ) -> None:
     """Time prefill and decode of a whole model in bf16, and its memory, with each method."""
-    chosen, tried = split_methods(methods), _parsed(parse_cases, cases, "--cases")
+    chosen, tried = split_methods(methods), _parsed(parse_cases, cases, option="--cases")
     for method in chosen:
         try:
             check_method(method)
         except (ConfigError, ImportError) as error:
             raise typer.BadParameter(str(error), param_hint="--methods") from None
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    lm = _parsed(partial(load_model, layers=layers, device=place, dtype=torch.bfloat16), model, "--model")
+    lm = _parsed(load_model, model, layers, place, torch.bfloat16, option="--model")
+    _parsed(check_model, lm, chosen, option="--methods")
     count = lm.config.get_text_config().num_hidden_layers
     about = {**provenance(place), "shape": model, "layers": count, "weight_bytes": weight_bytes(lm)}
     results = []
