@@ -62,16 +62,16 @@ class MiniKVBackend:
         originals = [node for node in module.graph.nodes if node.op == "placeholder"]
         if os.environ.get("MINIKV_DISABLE") == "1" and not any(isinstance(example(n), KVTensor) for n in originals):
             return inner(module, example_inputs)
-        rewriter = Rewriter(module, self.config, fused=self.inner == "inductor")
+        rewriter = Rewriter(module, self.config, self.inner == "inductor", example_inputs)
         rewritten = rewriter.run()
-        if not rewritten.sites and not rewritten.fields:
+        if not rewritten.sites and not rewritten.outputs_changed:
             return inner(module, example_inputs)
         self._report(rewritten.sites)
         if not rewritten.outputs_changed:
             return inner(module, example_inputs)
         self._check_gradients(example_inputs)
         inputs, boundary = desugar(rewritten, rewriter.originals, example_inputs, self.config)
-        boundary.compiled = inner(rewritten.module, inputs)
+        boundary.compiled = inner(rewritten.module, [compat.settled(x) for x in inputs])
         if self.records:
             places = [i for i, x in enumerate(example_inputs) if isinstance(x, torch.nn.Parameter)]
             if places:

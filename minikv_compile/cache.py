@@ -19,7 +19,7 @@ from transformers.cache_utils import (
 from . import compat, fixed
 from .config import MiniKVConfig
 from .ops import OFFSET, ROLES
-from .tensor import FORMAT, KVTensor
+from .tensor import FORMAT, KVTensor, report_prompt
 
 minikv = torch.ops.minikv
 
@@ -90,6 +90,9 @@ class MiniKVLayer(CacheLayerMixin):
                 self.padding, self.place, self.count, self.max_cache_len, self._settings,
             )  # fmt: skip
             self.filled = True
+            if not torch.compiler.is_compiling():  # else the boundary of the graph looks
+                states = [("key", self.place, self.key[fixed.STATE]), ("value", self.place, self.value[fixed.STATE])]
+                report_prompt(states, self.config.strict)
             return key_states, value_states
         return minikv.update(
             key_states, value_states, self.key, self.value, self.important, self.kept, self.length, self.padding,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 disabled_torch_function = torch._C._disabled_torch_function_impl
 """For `__torch_function__`: rules live in `__torch_dispatch__` alone, so that Dynamo sees an ordinary tensor."""
@@ -49,6 +52,15 @@ def mark_static(x: Tensor) -> None:
     torch._dynamo.mark_static_address(x)
 
 
+def settled(x: Any) -> Any:
+    """A graph's input as what is compiled from the graph will name it. A size that a guard has found equal to another
+    one goes by the other one's symbol from then on, but Inductor names an input by the symbol that it began with: where
+    the other one is no input of the graph, the generated code would use a name that it does not define."""
+    if not isinstance(x, torch.SymInt) or x.node._expr == x.node.expr:
+        return x
+    return x.node.shape_env.create_symintnode(x.node.expr, hint=x.node.hint)
+
+
 @contextmanager
 def outside_inference_mode():
     """No gradients, and tensors that may be written in place later, inside inference mode and outside of it."""
@@ -70,7 +82,7 @@ def set_field_source(node: Node, kv: Node, name: str) -> None:
     """Tell Dynamo where the placeholder `node` comes from: it is the attribute `name` of the `KVTensor` placeholder
     `kv`, or its length ("length")."""
     source = kv._dynamo_source
-    length = TensorPropertySource(source, TensorProperty.SIZE, 2)
+    length = TensorPropertySource(source, TensorProperty.SIZE, kv.meta["example_value"].seq)
     node._dynamo_source = length if name == "length" else AttrSource(source, name)
 
 
@@ -95,6 +107,31 @@ def fake_constant(x: Tensor, like: Tensor) -> Tensor:
     return like.fake_mode.from_tensor(x, static_shapes=True)
 
 
+def fake_mode(like: Tensor) -> Any:
+    """The context in which new tensors have no data, beside the fake tensor `like`."""
+    return getattr(like, "marker", like).fake_mode
+
+
+def is_attribute(node: Node) -> bool:
+    """Whether Dynamo takes a placeholder from an attribute of something, not from a local variable or an argument. The
+    name of a source is text, or gives it when called."""
+    name = getattr(node, "_dynamo_source", None) and node._dynamo_source.name
+    return "." in (name() if callable(name) else name or "")
+
+
+def become(x: Tensor, other: Tensor) -> None:
+    """Turn the object `x` into what `other` is, for all who refer to it. (`torch.utils.swap_tensors` refuses where weak
+    references exist, as Dynamo's guards have them; they refer to the object, which stays.)"""
+    torch._C._swap_tensor_impl(x, other)
+    x.__class__, other.__class__ = other.__class__, x.__class__
+    x.__dict__, other.__dict__ = other.__dict__, x.__dict__
+
+
+def version_of(x: Tensor) -> int | None:
+    """How often `x` was written to; None where torch does not count, under inference mode."""
+    return None if x.is_inference() else x._version
+
+
 def copy_module_attributes(source: GraphModule, target: GraphModule) -> None:
     """What AOTAutograd reads off Dynamo's graph module besides its graph."""
     for name in ("_param_name_to_source", "compile_subgraph_reason", "torchdynamo_force_dynamic"):
@@ -117,7 +154,7 @@ def _with_templates(compiler: Callable) -> Callable:
     def compile(module: GraphModule, example_inputs: Sequence[Any]) -> Callable:
         from . import lowering  # it imports this module, and Inductor
 
-        if not lowering.DEVICES:
+        if not any(isinstance(x, Tensor) and x.device.type in lowering.DEVICES for x in example_inputs):
             return compiler(module, example_inputs)
         lowering.register()
         config = torch.compiler.config
@@ -125,6 +162,44 @@ def _with_templates(compiler: Callable) -> Callable:
             return compiler(module, example_inputs)
 
     return compile
+
+
+class _Storages(TorchDispatchMode):
+    """Follows the storages that calls make until they are freed."""
+
+    def __init__(self, held: Iterable[Any]):
+        super().__init__()
+        self.held = {x.untyped_storage()._cdata for x in held if isinstance(x, Tensor)}
+        self.alive: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self._add(x.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        name = storage._cdata
+        if name in self.held or name in self.alive:
+            return
+        self.alive[name] = storage.nbytes()
+        weakref.finalize(storage, self._drop, name)
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+
+    def _drop(self, name: int) -> None:
+        self.now -= self.alive.pop(name)
+
+
+def most_memory(call: Callable, args: Sequence[Any], held: Iterable[Any]) -> int:
+    """The most bytes of tensors alive at a time while `call(*args)` runs, on the meta device too, without those in the
+    storages of `held`, which there were before."""
+    storages = _Storages(held)
+    with storages:
+        call(*args)
+    return storages.most
 
 
 def count(**amounts: int) -> None:

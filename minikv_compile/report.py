@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .backend import MiniKVBackend
+from .buffers import layers_of, make_dense
 from .config import MiniKVConfig
 from .passes.rewrite import SiteReport
 from .tensor import SEQ, KVTensor
@@ -79,7 +80,8 @@ class CacheReport:
 
 
 def cache_report(past_key_values: Any) -> CacheReport:
-    """Count a cache: a transformers `Cache`, or `((keys, values), ...)` with one pair of tensors per layer.
+    """Count a cache: a transformers `Cache`, `((keys, values), ...)` with one pair of tensors per layer, or a model whose
+    static buffers were taken over.
 
     Raises:
         TypeError: no keys and values were found in it.
@@ -91,6 +93,8 @@ def cache_report(past_key_values: Any) -> CacheReport:
 
 
 def _pairs(cache: Any) -> Iterator[tuple[Tensor, Tensor] | None]:
+    if isinstance(cache, torch.nn.Module):
+        cache = layers_of(cache)
     for layer in cache.layers if hasattr(cache, "layers") else cache or ():
         pair = (layer.keys, layer.values) if hasattr(layer, "keys") and hasattr(layer, "values") else layer
         is_pair = isinstance(pair, (tuple, list)) and len(pair) >= 2
@@ -104,8 +108,8 @@ def _layer(index: int, pair: tuple[Tensor, Tensor]) -> LayerReport:
             storage = held.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     keys = pair[0]
-    length = keys.shape[SEQ]
     compressed = isinstance(keys, KVTensor)
+    length = keys.length if compressed else keys.shape[SEQ]
     kept = [length] * keys.shape[0]
     if compressed:
         kept = keys.kept_mask().sum(-1).amax(-1).tolist()
@@ -160,6 +164,7 @@ def explain(model: torch.nn.Module, *args: Any, config: MiniKVConfig | None = No
                 mask = step["attention_mask"]
                 step["attention_mask"] = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], -1)
             forward(**step, past_key_values=cache)
+    make_dense(model)
     return Explanation(backend.graphs)
 
 

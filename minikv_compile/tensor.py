@@ -57,7 +57,7 @@ class Occupancy:
 
 
 class KVTensor(DenseOnUse):
-    """Keys or values, logically `[batch, kv_heads, length, head_dim]`, held compressed.
+    """Keys or values, logically `[batch, kv_heads, length, head_dim]`, held compressed; `SeqFirst` is the other order.
 
     Tensors:
         codes, scale, zero: the tier (`.tier`, a `PackedInt`), rotated; absent at 16 bits. Row b's first `state[b, 2]`
@@ -72,7 +72,7 @@ class KVTensor(DenseOnUse):
     Attributes:
         config: `MiniKVConfig`. role: "key" or "value".
 
-    `torch.cat([kv, new], 2)` appends in place to the same storage and returns a longer tensor. Tensors that share a
+    `torch.cat([kv, new], kv.seq)` appends in place to the same storage and returns a longer tensor. Tensors that share a
     storage see their own length of it; a write that another living one would see copies first. `clone`, `to`, indexing
     and `repeat_interleave` along the batch keep the type; any other op runs on `dequantize()`.
     """
@@ -80,10 +80,13 @@ class KVTensor(DenseOnUse):
     tensor_data_names = ["dense", "state"]
     optional_tensor_data_names = ["codes", "scale", "zero", "important", "kept"]
     tensor_attribute_names = ["config", "role"]
+    seq = SEQ
+    """The dimension of tokens."""
 
     def __new__(cls, tensors, config, role, length, occupancy=None):
         batch, heads, _, dim = tensors["dense"].shape
-        shape, dense = (batch, heads, length, dim), tensors["dense"]
+        dense = tensors["dense"]
+        shape = (batch, heads, length, dim) if cls.seq == SEQ else (batch, length, heads, dim)
         return compat.wrapper_subclass(cls, shape, dense.dtype, dense.device)
 
     def __init__(
@@ -112,17 +115,17 @@ class KVTensor(DenseOnUse):
 
     @classmethod
     def __tensor_unflatten__(cls, tensors, context, outer_size, outer_stride):
-        return cls(tensors, context["config"], context["role"], outer_size[SEQ])
+        return cls(tensors, context["config"], context["role"], outer_size[cls.seq])
 
     def __reduce_ex__(self, protocol):
-        return _rebuild, (self.tensors(), self.config.to_json(), self.role, self.shape[SEQ], FORMAT)
+        return _rebuild, (self.tensors(), self.config.to_json(), self.role, self.length, FORMAT, self.seq)
 
     def __deepcopy__(self, memo):
         memo[id(self)] = copied = self.clone()
         return copied
 
     def _with(self, tensors: dict[str, Tensor], occupancy: Occupancy | None = None) -> KVTensor:
-        return KVTensor(tensors, self.config, self.role, self.shape[SEQ], occupancy)
+        return type(self)(tensors, self.config, self.role, self.length, occupancy)
 
     def _apply_fn_to_data(self, fn) -> KVTensor:
         """A tensor with a storage of its own: `fn` of every tensor held."""
@@ -131,13 +134,18 @@ class KVTensor(DenseOnUse):
 
     def mark_dynamic(self) -> KVTensor:
         """Tell Dynamo which sizes change from call to call, so that none is specialised."""
-        compat.mark_dynamic(self, SEQ)
+        compat.mark_dynamic(self, self.seq)
         for name, tensor in self.tensors().items():
             if name not in ("state", "important"):
                 compat.mark_dynamic(tensor, SEQ)
         return self
 
     # ---- what is stored
+
+    @property
+    def length(self) -> int:
+        """Logical tokens."""
+        return self.shape[self.seq]
 
     @property
     def occupancy(self) -> Occupancy:
@@ -162,15 +170,16 @@ class KVTensor(DenseOnUse):
     def kept_mask(self) -> Tensor:
         """bool [batch, kv_heads, length]: which logical tokens are stored. The others were padding or dropped."""
         if self.kept is None:
-            return torch.ones(self.shape[:3], dtype=torch.bool, device=self.device)
-        return ops.kept_mask(self.kept, self.state, self.shape[SEQ])
+            return torch.ones(*self.dense.shape[:2], self.length, dtype=torch.bool, device=self.device)
+        return ops.kept_mask(self.kept, self.state, self.length)
 
     def dequantize(self) -> Tensor:
         """The dense tensor; zeros for what is not stored."""
-        return torch.ops.minikv.dequantize(
-            self.codes, self.scale, self.zero, self.dense, self.state, self.important, self.kept, self.shape[SEQ], self.role,
+        dense = torch.ops.minikv.dequantize(
+            self.codes, self.scale, self.zero, self.dense, self.state, self.important, self.kept, self.length, self.role,
             self.config.to_json(),
         )  # fmt: skip
+        return dense.transpose(SEQ, self.seq)
 
     def as_operand(self, func) -> Tensor:
         if compat.is_fake(self.dense):
@@ -197,7 +206,7 @@ class KVTensor(DenseOnUse):
         Flushes whole blocks into the tier, grows tier or dense region in steps, and copies the storage first if
         another living tensor looks into it.
         """
-        length = self.shape[SEQ] + n
+        length = self.length + n
         fits = self.occupancy.used(length) <= self.dense.shape[SEQ]
         if fits and not self.occupancy.shared and not self.occupancy.oversized:
             return self
@@ -216,7 +225,7 @@ class KVTensor(DenseOnUse):
         """In the rows whose dense region could not hold `n` more in `capacity` tokens, quantize what is older than the
         window, in whole blocks, in place. Each row flushes at the same length as it would alone.
         """
-        config, occupancy, length = self.config, self.occupancy, self.shape[SEQ]
+        config, occupancy, length = self.config, self.occupancy, self.length
         if config.bits == 16:
             return
         used = [length - offset for offset in occupancy.offsets]
@@ -236,33 +245,35 @@ class KVTensor(DenseOnUse):
 
     def _resize_dense(self, n: int) -> None:
         """Fit the dense region to its tokens and `n` more."""
-        capacity = dense_capacity(self.config, self.occupancy.used(self.shape[SEQ] + n))
+        capacity = dense_capacity(self.config, self.occupancy.used(self.length + n))
         self.occupancy.oversized = self.config.bits < 16 and capacity > dense_capacity(self.config, 0)
         if capacity != self.dense.shape[SEQ]:
             self.dense = _resized(self.dense, capacity)
 
     def longer(self, n: int) -> KVTensor:
         """This tensor after `n` tokens were written behind its last, in the same storage."""
-        return KVTensor(self.tensors(), self.config, self.role, self.shape[SEQ] + n, self.occupancy).mark_dynamic()
+        return type(self)(self.tensors(), self.config, self.role, self.length + n, self.occupancy).mark_dynamic()
 
     def append(self, new: Tensor) -> KVTensor:
-        """`torch.cat([self, new], 2)`."""
+        """`torch.cat([self, new], self.seq)`."""
         self.check_new(new)
-        length = self.shape[SEQ] + new.shape[SEQ]
+        n = new.shape[self.seq]
+        length = self.length + n
         if compat.is_fake(self.dense):
-            return KVTensor(self.tensors(), self.config, self.role, length)
-        kv = self.reserve(new.shape[SEQ])
+            return type(self)(self.tensors(), self.config, self.role, length)
+        kv = self.reserve(n)
         with compat.outside_inference_mode():
-            append(kv.dense, new, kv.state, length)
-        return kv.longer(new.shape[SEQ])
+            append(kv.dense, new.transpose(SEQ, self.seq), kv.state, length)
+        return kv.longer(n)
 
     def check_new(self, new: Tensor) -> None:
         """Raise ValueError unless `new` can follow these tokens."""
-        mine = (self.shape[0], self.shape[1], self.shape[3])
-        if (new.shape[0], new.shape[1], new.shape[3]) != mine:
+        mine, theirs = ([size for d, size in enumerate(x.shape) if d != self.seq] for x in (self, new))
+        if mine != theirs:
+            order = "kv_heads, seq" if self.seq == SEQ else "seq, kv_heads"
             raise ValueError(
                 f"New {self.role}s {list(new.shape)} do not fit the compressed cache {list(self.shape)} (batch, "
-                "kv_heads, seq, head_dim): use a cache for the batch it was made with, or select its rows first."
+                f"{order}, head_dim): use a cache for the batch it was made with, or select its rows first."
             )
         if new.dtype != self.dtype or new.device != self.device:
             raise ValueError(
@@ -283,7 +294,7 @@ class KVTensor(DenseOnUse):
         if not isinstance(result, KVTensor) or compat.is_fake(self.dense):
             return result
         # Without autograd's note that it is a view, which Dynamo cannot trace.
-        return KVTensor(result.tensors(), self.config, self.role, result.shape[SEQ], result.occupancy).mark_dynamic()
+        return type(self)(result.tensors(), self.config, self.role, result.length, result.occupancy).mark_dynamic()
 
     def repeat_interleave(self, repeats, dim=None, *, output_size=None):
         """Rows of the batch keep the type; anything else is dense."""
@@ -298,10 +309,10 @@ class KVTensor(DenseOnUse):
         Raises:
             ValueError: the rollback reaches further back than the unquantized window.
         """
-        removed, config = self.shape[SEQ] - length, self.config
+        removed, config = self.length - length, self.config
         # The dense region holds the newest tokens behind the pinned ones, or all of a row without a tier.
         dense = min(
-            self.shape[SEQ] - offset - (config.pinned if blocks else 0)
+            self.length - offset - (config.pinned if blocks else 0)
             for offset, blocks in zip(self.occupancy.offsets, self.occupancy.blocks, strict=True)
         )
         if removed > dense:
@@ -311,15 +322,18 @@ class KVTensor(DenseOnUse):
             )
         if self.kept is not None and not self.kept_mask()[..., length:].all():
             raise ValueError(f"Cannot roll back {removed} tokens: some of them are padding or dropped prompt tokens.")
-        return KVTensor(self.tensors(), config, self.role, length, self.occupancy).mark_dynamic()
+        return type(self)(self.tensors(), config, self.role, length, self.occupancy).mark_dynamic()
 
 
-def wrap_prompt(parts: list[tuple[dict[str, Tensor], str, int, int]], config: MiniKVConfig) -> list[KVTensor]:
-    """`KVTensor`s of what `ops.compress_prompt` made: (tensors, role, length, layer) each. Reads the device once."""
+def wrap_prompt(
+    parts: list[tuple[dict[str, Tensor], str, int, int]], config: MiniKVConfig, seqs: list[int] | None = None
+) -> list[KVTensor]:
+    """`KVTensor`s of what `ops.compress_prompt` made: (tensors, role, length, layer) each. Reads the device
+    once. `seqs`: their dimensions of tokens."""
     states = torch.stack([tensors["state"].to(parts[0][0]["state"].device) for tensors, *_ in parts]).tolist()
     wrapped = [
-        KVTensor(tensors, config, role, length, Occupancy.read(state)).mark_dynamic()
-        for (tensors, role, length, _), state in zip(parts, states, strict=True)
+        BY_SEQ[seq](tensors, config, role, length, Occupancy.read(state)).mark_dynamic()
+        for (tensors, role, length, _), state, seq in zip(parts, states, seqs or [SEQ] * len(parts), strict=True)
     ]
     report_not_finite(wrapped, [layer for *_, layer in parts], states)
     return wrapped
@@ -336,13 +350,27 @@ def report_not_finite(
         if count > kv.occupancy.not_finite:
             found.append(f"{count - kv.occupancy.not_finite} tokens in the {kv.role}s of layer {layer}")
             kv.occupancy.not_finite = count
+    _warn_not_finite(found, tensors[0].config.strict)
+
+
+def report_prompt(states: list[tuple[str, int, Tensor]], strict: bool) -> None:
+    """`report_not_finite` for (role, layer, state) of a prompt that was just stored. Reads the device once."""
+    counts = torch.stack([state[:, NOT_FINITE].sum().to(states[0][2].device) for *_, state in states]).tolist()
+    found = [
+        f"{count} tokens in the {role}s of layer {layer}"
+        for (role, layer, _), count in zip(states, counts, strict=True) if count
+    ]  # fmt: skip
+    _warn_not_finite(found, strict)
+
+
+def _warn_not_finite(found: list[str], strict: bool) -> None:
     if not found:
         return
     message = (
         f"NaN or inf in {', '.join(found)}: quantized, each is stored as the nearest code of its group, and other tokens "
         "are not affected; sinks, window and buffer hold it as it is. Check the model's dtype and weights."
     )
-    if tensors[0].config.strict:
+    if strict:
         raise ValueError(message)
     warnings.warn(message, stacklevel=2)
 
@@ -355,10 +383,10 @@ def _resized(x: Tensor, size: int) -> Tensor:
     return new
 
 
-def _rebuild(tensors: dict[str, Tensor], config: str, role: str, length: int, version: int) -> KVTensor:
+def _rebuild(tensors: dict[str, Tensor], config: str, role: str, length: int, version: int, seq: int = SEQ) -> KVTensor:
     if version != FORMAT:
         raise ValueError(f"A compressed cache saved in format {version}: this version of minikv_compile reads {FORMAT}.")
-    return KVTensor(tensors, MiniKVConfig.from_json(config), role, length).mark_dynamic()
+    return BY_SEQ[seq](tensors, MiniKVConfig.from_json(config), role, length).mark_dynamic()
 
 
 torch.serialization.add_safe_globals([_rebuild])
@@ -375,7 +403,7 @@ def _batch_rule(func, kv: KVTensor, *args) -> KVTensor:
     if len(set(known.offsets)) == len(set(known.blocks)) == 1:
         occupancy = Occupancy(known.offsets[:1] * batch, known.blocks[:1] * batch)
         occupancy.oversized, occupancy.not_finite = known.oversized, known.not_finite
-    return KVTensor(tensors, kv.config, kv.role, kv.shape[SEQ], occupancy).mark_dynamic()
+    return type(kv)(tensors, kv.config, kv.role, kv.length, occupancy).mark_dynamic()
 
 
 @KVTensor.implements(aten.cat.default)
@@ -383,7 +411,7 @@ def _(func, types, args, kwargs):
     tensors, dim = args[0], args[1] if len(args) > 1 else 0
     # `DynamicCache` starts by appending to an empty tensor.
     first, *rest = [t for t in tensors if isinstance(t, KVTensor) or t.numel()]
-    if not isinstance(first, KVTensor) or dim % 4 != SEQ or any(isinstance(t, KVTensor) for t in rest):
+    if not isinstance(first, KVTensor) or dim % 4 != first.seq or any(isinstance(t, KVTensor) for t in rest):
         return NotImplemented
     for new in rest:
         first = first.append(new)
@@ -394,7 +422,7 @@ def _(func, types, args, kwargs):
 def _(func, types, args, kwargs):
     kv = args[0]
     shared = None if compat.is_fake(kv.dense) else kv.occupancy
-    return KVTensor(kv.tensors(), kv.config, kv.role, kv.shape[SEQ], shared)
+    return type(kv)(kv.tensors(), kv.config, kv.role, kv.length, shared)
 
 
 @KVTensor.implements(aten.clone.default)
@@ -437,4 +465,13 @@ def _(func, types, args, kwargs):
         return aten.alias.default(kv)
     if dim == 0:
         return _batch_rule(lambda t: t[start:end].clone(), kv)
-    return kv.crop(end) if dim == SEQ and start == 0 else NotImplemented
+    return kv.crop(end) if dim == kv.seq and start == 0 else NotImplemented
+
+
+class SeqFirst(KVTensor):
+    """A `KVTensor` of logical shape `[batch, length, kv_heads, head_dim]`."""
+
+    seq = 1
+
+
+BY_SEQ = {kind.seq: kind for kind in (KVTensor, SeqFirst)}

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from .. import compat
+from ..buffers import Buffers
 from ..config import MiniKVConfig
-from ..tensor import SEQ, KVTensor, report_not_finite, wrap_prompt
+from ..tensor import KVTensor, report_not_finite, report_prompt, wrap_prompt
 from .graph import example, size_getter
 from .rewrite import Longer, Made, Rewritten
 
@@ -21,7 +22,7 @@ Getter = Callable[[Sequence[Any]], Any]
 def desugar(
     rewritten: Rewritten, originals: Sequence[Node], example_inputs: Sequence[Any], config: MiniKVConfig
 ) -> tuple[list[Any], Boundary]:
-    """Drop the `KVTensor` placeholders of a rewritten graph.
+    """Drop the placeholders of `KVTensor`s, and of static buffers that were taken, from a rewritten graph.
 
     Returns:
         example inputs of the graph's new placeholders, and the boundary that calls what is compiled from it.
@@ -29,7 +30,7 @@ def desugar(
     graph = rewritten.module.graph
     position = {node: i for i, node in enumerate(originals)}
     for node in originals:
-        if isinstance(example(node), KVTensor):
+        if isinstance(example(node), KVTensor) or node in rewritten.given_back:
             graph.erase_node(node)
     rewritten.module.recompile()
     getters, inputs = [], []
@@ -39,16 +40,25 @@ def desugar(
         if node in rewritten.constants:
             getters.append(_constant(rewritten.constants[node]))
             inputs.append(example(node))
+        elif node in rewritten.held or node is rewritten.start:
+            place = len(originals) + rewritten.held.index(node) if node in rewritten.held else -1
+            getters.append(_argument(place))
+            inputs.append(example(node))
         elif node in rewritten.fields:
             kv, name = rewritten.fields[node]
             getters.append(_field(position[kv], name))
             inputs.append(example(node))
         else:
             getters.append(_argument(position[node]))
-            inputs.append(example_inputs[position[node]])
+            inputs.append(example(node) if node in rewritten.densified else example_inputs[position[node]])
     growth = {out.past: size_getter(out.n, originals) for out in rewritten.outputs if isinstance(out, Longer)}
     lengths = {out: size_getter(out.length, originals) for out in rewritten.outputs if isinstance(out, Made)}
-    return inputs, Boundary(config, getters, growth, lengths, rewritten.outputs)
+    boundary = Boundary(config, getters, growth, lengths, rewritten.outputs)
+    rewritten.buffers.densified = [position[node] for node in rewritten.densified]
+    boundary.buffers = rewritten.buffers if rewritten.buffers.pairs or rewritten.densified else None
+    places = {**position, **{node: len(originals) + i for i, node in enumerate(rewritten.held)}}
+    boundary.states = [(role, layer, places[node]) for role, layer, node in rewritten.states if node in places]
+    return inputs, boundary
 
 
 def _argument(i: int) -> Getter:
@@ -61,7 +71,7 @@ def _constant(value: Tensor) -> Getter:
 
 def _field(i: int, name: str) -> Getter:
     if name == "length":
-        return lambda args: args[i].shape[SEQ]
+        return lambda args: args[i].length
     return lambda args: getattr(args[i], name)
 
 
@@ -74,6 +84,8 @@ class Boundary:
     ):  # fmt: skip
         self.config, self.getters, self.growth, self.lengths, self.outputs = config, getters, growth, lengths, outputs
         self.compiled: Callable | None = None
+        self.buffers: Buffers | None = None
+        self.states: list[tuple[str, int, int]] = []  # role, layer, argument: see `Rewritten.states`
         self.on_model: Callable[[Sequence[Any]], None] | None = None  # told of the arguments of each new model
         self.parameters: tuple[int, ...] = ()  # positions of the model's first parameter and its last
         self._model: list[weakref.ref[Tensor]] = []
@@ -85,7 +97,11 @@ class Boundary:
         with compat.outside_inference_mode():
             if self.growth:
                 args = self._reserve(list(args))
+            if self.buffers is not None:
+                args = [*args, *self.buffers.open(args)]
             flat = list(self.compiled(*[get(args) for get in self.getters]))
+            if self.states and (self.buffers is None or int(args[-1]) == 0):  # else it was no prompt
+                report_prompt([(role, layer, args[i]) for role, layer, i in self.states], self.config.strict)
             return self._wrap(args, flat)
 
     def _is_known(self, args: Sequence[Any]) -> bool:
@@ -118,6 +134,7 @@ class Boundary:
             else:
                 results.append(next(tensors))
         if made:
-            wrapped = iter(wrap_prompt(made, self.config))
+            seqs = [out.seq for out in self.outputs if isinstance(out, Made)]
+            wrapped = iter(wrap_prompt(made, self.config, seqs))
             results = [next(wrapped) if isinstance(out, Made) else r for out, r in zip(self.outputs, results, strict=True)]
         return results

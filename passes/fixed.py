@@ -17,6 +17,7 @@ from torch.fx import Node
 from .. import ops
 from ..config import MiniKVConfig
 from ..fixed import DENSE, STATE
+from ..ops import ROLES
 from .graph import erase_dead, example, is_getitem, same, shape
 from .masks import read_mask
 from .sites import NotTaken, Site
@@ -62,17 +63,17 @@ def plan(rewriter: Rewriter, site: Site, call: Node) -> tuple[str, Callable[[int
     if call.target in STORE:
         return "prefill", partial(_prefill, rewriter, site, call, _prompt_padding(rewriter, site, call))
     readers = {user for item in call.users for user in item.users}
-    if len(call.users) > 2 or not _only_for(site, readers):
+    if len(call.users) > 2 or not only_for(site, readers):
         raise NotTaken("its keys or values are also read elsewhere")
     mask = _step_mask(site, call)
     checked, rewriter.checked = mask in rewriter.checked, rewriter.checked | {mask}
-    return "decode" if same(new, 1) else "extend", partial(_decode, rewriter, site, call, None if checked else mask)
+    return "decode" if same(new, 1) else "extend", partial(decode, rewriter, site, call, None if checked else mask)
 
 
-def _only_for(site: Site, readers: set[Node]) -> bool:
+def only_for(site: Site, readers: set[Node]) -> bool:
     """Whether `readers`, and those behind them, end in the attention."""
     for reader in readers - set(site.nodes):
-        if not reader.users or reader.op == "output" or not _only_for(site, set(reader.users)):
+        if not reader.users or reader.op == "output" or not only_for(site, set(reader.users)):
             return False
     return True
 
@@ -119,6 +120,7 @@ def _prefill(
 ) -> None:
     graph, observed = rewriter.graph, rewriter.config.observed_queries
     mask, outside = padding
+    rewriter.result.states += [(role, site.layer, held[STATE]) for role, held in zip(ROLES, call.args[5:7], strict=True)]
     rows = (None, None)
     if mask is not None:
         rows = rewriter._aligned(_read_outside(rewriter, mask) if outside else mask, call.args[0], _first(site, call))
@@ -151,7 +153,8 @@ def _read_outside(rewriter: Rewriter, mask: Node) -> Node:
     return node
 
 
-def _decode(rewriter: Rewriter, site: Site, call: Node, mask: Node | None, place: int, count: int) -> None:
+def decode(rewriter: Rewriter, site: Site, call: Node, mask: Node | None, place: int, count: int) -> None:
+    """Replace a later attention, whose new tokens `call` (`minikv::update`) is to store; `mask` None: nothing is checked."""
     graph, config = rewriter.graph, rewriter.config
     k, v, key, value, _, _, length, padding, max_length, text = call.args
     limit = None if mask is None else max_length

@@ -71,14 +71,22 @@ class Rows:
 
 Value = Grid | Predicate | Not | Additive | Rows | None
 VIEWS = ("expand", "view", "reshape", "unsqueeze", "contiguous")
+SLICES = (
+    "transpose", "permute", "t", "narrow", "select", "squeeze", "flatten", "unflatten", "view_as", "swapaxes", "swapdims",
+    "movedim", "diagonal", "chunk", "split", "unbind", "slice", "expand_as", "data", "alias",
+)  # fmt: skip
+"""More calls whose result may share memory with their first argument."""
 
 
-def read_mask(node: Node, queries: Any, blocks: bool = False) -> Predicate | None:
+def read_mask(
+    node: Node, queries: Any, blocks: bool = False, known: dict[Node, Value] | None = None
+) -> Predicate | None:
     """Which keys the mask `node` lets so many `queries` see, or None if it is not understood.
 
     A boolean mask is true where a key is seen, with `blocks` where it is not. A floating-point mask is added to logits.
+    `known`: what is known of other nodes already.
     """
-    value = _read(node, {})
+    value = read_value(node, dict(known or {}))
     if example(node).dtype == torch.bool:
         value = _not(value) if blocks else value
     else:
@@ -89,10 +97,11 @@ def read_mask(node: Node, queries: Any, blocks: bool = False) -> Predicate | Non
     return value if same(queries, 1) or not value.fixed else None
 
 
-def _read(node: Any, seen: dict[Node, Any]) -> Value:
+def read_value(node: Any, seen: dict[Node, Any]) -> Value:
+    """What `node` holds, as far as it is a part of a mask; `seen` is what is known already."""
     if isinstance(node, (int, torch.SymInt)) and not isinstance(node, bool):
         return Grid(None, node)
-    if not isinstance(node, Node) or _written(node):
+    if not isinstance(node, Node) or is_written(node):
         return None
     if node not in seen:
         seen[node] = None
@@ -100,17 +109,33 @@ def _read(node: Any, seen: dict[Node, Any]) -> Value:
     return seen[node]
 
 
-def _written(node: Node) -> bool:
+def is_written(node: Node) -> bool:
     """Whether the graph writes into `node`, or into a view of it, after it was made."""
     for user in node.users:
-        name = callee(user) if user.op in ("call_function", "call_method") else ""
         into = bool(user.args) and user.args[0] is node
-        if user.kwargs.get("out") is node or (into and (name == "setitem" or _is_in_place(name))):
+        if user.kwargs.get("out") is node or (into and writes_in_place(user)):
             return True
-        if into and (is_getitem(user) or name in VIEWS or name in CASTS or name in ("transpose", "permute", "t")):
-            if _written(user):
-                return True
+        if into and _shares_memory(user) and is_written(user):
+            return True
     return False
+
+
+def writes_in_place(node: Node) -> bool:
+    """Whether `node` is a call that writes into its first argument."""
+    name = callee(node) if node.op in ("call_function", "call_method") else ""
+    return bool(node.args) and (name == "setitem" or _is_in_place(name))
+
+
+def _shares_memory(node: Node) -> bool:
+    """Whether `node` may be a view of its first argument."""
+    return is_getitem(node) or is_call(node, *VIEWS, *CASTS, *SLICES)
+
+
+def memory_of(node: Any) -> Any:
+    """What `node` is a view of, or a write into; itself, if it is neither."""
+    while isinstance(node, Node) and (_shares_memory(node) or writes_in_place(node)):
+        node = node.args[0]
+    return node
 
 
 def _is_in_place(name: str) -> bool:
@@ -131,17 +156,17 @@ def _read_call(node: Node, seen: dict) -> Value:
     if name in ("tril", "triu"):
         return _triangle(node, name, seen)
     if name in ("add", "sub", "le", "lt", "ge", "gt"):
-        left, right = (_read(a, seen) for a in node.args[:2])
+        left, right = (read_value(a, seen) for a in node.args[:2])
         if isinstance(left, Grid) and isinstance(right, Grid):
             return _shift(name, left, right) if name in ("add", "sub") else _compare(name, left, right)
         if isinstance(left, Additive) and isinstance(right, Additive) and name == "add":
             return Additive(left.predicate & right.predicate)
     elif name in ("and_", "logical_and", "bitwise_and"):
-        left, right = (_read(a, seen) for a in node.args[:2])
+        left, right = (read_value(a, seen) for a in node.args[:2])
         if isinstance(left, Predicate) and isinstance(right, Predicate):
             return left & right
     elif name in ("invert", "logical_not", "bitwise_not") or (name == "eq" and node.args[1] == 0):
-        return _not(_read(node.args[0], seen))
+        return _not(read_value(node.args[0], seen))
     elif name == "where" and len(node.args) == 3:
         return _additive(*node.args, seen)
     elif name == "masked_fill":
@@ -149,7 +174,7 @@ def _read_call(node: Node, seen: dict) -> Value:
     elif is_getitem(node) and isinstance(node.args[1], tuple) and _is_gather(node.args[1]):
         return _gather(node, seen)
     elif name in CASTS or name in VIEWS or is_getitem(node):
-        return _view(node, _read(node.args[0], seen))
+        return _view(node, read_value(node.args[0], seen))
     return Rows(node) if _is_padding_source(node) else None
 
 
@@ -203,7 +228,7 @@ def _not(value: Value) -> Value:
 
 def _additive(condition: Any, there: Any, elsewhere: Any, seen: dict) -> Additive | None:
     """`where(condition, there, elsewhere)` of 0 and a very negative number."""
-    value = _read(condition, seen)
+    value = read_value(condition, seen)
     if is_very_negative(there) and _is_zero(elsewhere):
         value = _not(value)
     elif not (_is_zero(there) and is_very_negative(elsewhere)):
@@ -212,7 +237,7 @@ def _additive(condition: Any, there: Any, elsewhere: Any, seen: dict) -> Additiv
 
 
 def _is_zero(x: Any) -> bool:
-    if isinstance(x, Node) and _written(x):
+    if isinstance(x, Node) and is_written(x):
         return False
     if is_call(x, "tensor", "full"):
         x = argument(x, 0, "data") if is_call(x, "tensor") else argument(x, 1, "fill_value")
@@ -224,10 +249,10 @@ def _triangle(node: Node, name: str, seen: dict) -> Predicate | Additive | None:
     source, diagonal = node.args[0], argument(node, 1, "diagonal", 0)
     if not isinstance(diagonal, int) or len(shape(node)) != 2:
         return None
-    if is_call(source, "full", "new_full") and not _written(source):
+    if is_call(source, "full", "new_full") and not is_written(source):
         low = is_very_negative(argument(source, 1, "fill_value")) and name == "triu" and diagonal > 0
         return Additive(Predicate(causal=(diagonal - 1,))) if low else None
-    if _read(source, seen) != Predicate():
+    if read_value(source, seen) != Predicate():
         return None
     return Predicate(causal=(diagonal,)) if name == "tril" else Predicate(sliding=(diagonal - 1,))
 
@@ -239,7 +264,7 @@ def _is_gather(index: tuple) -> bool:
 def _gather(node: Node, seen: dict) -> Predicate | None:
     """`rows[batch_grid, key_grid]`."""
     source, (batch, key) = node.args[0], node.args[1]
-    batch, key, rows = _read(batch, seen), _read(key, seen), _read(source, seen)
+    batch, key, rows = read_value(batch, seen), read_value(key, seen), read_value(source, seen)
     if not isinstance(rows, Rows):
         return None
     # A grid of one is read as the constant 0: all of a single row, or of a single key.

@@ -14,12 +14,13 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from .. import compat, ops
+from ..buffers import Buffers
 from ..config import MiniKVConfig
 from ..kernels.prefill import causal_attention
 from ..ops import ROLES
 from ..rotation import rotation_matrix
 from ..tensor import SEQ, KVTensor
-from . import fixed, functional
+from . import fixed, functional, static
 from .graph import argument, callee, erase_dead, example, is_call, is_getitem, same, shape, size_getter
 from .masks import Predicate, read_mask, reduces_to_padding
 from .sites import NotKept, NotTaken, Site, outputs, read_site, sites_in, where
@@ -58,6 +59,7 @@ class Made:
     nodes: tuple[Node, ...]
     length: Any
     layer: int
+    seq: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,23 +84,38 @@ class Rewritten:
     constants: dict[Node, torch.Tensor] = field(default_factory=dict)
     """Placeholders made by the pass that always take the same tensor."""
 
+    buffers: Buffers | None = None
+    given_back: set[Node] = field(default_factory=set)
+    """Placeholders of static buffers, whose tokens `buffers` holds from now on."""
+    densified: set[Node] = field(default_factory=set)
+    """Placeholders of such buffers that become dense again."""
+    held: list[Node] = field(default_factory=list)
+    """Placeholders of what `Buffers.open` gives, in its order; `start` is that of the last."""
+    start: Node | None = None
+
+    states: list[tuple[str, int, Node]] = field(default_factory=list)
+    """Role, layer and placeholder of the states in which a prompt's tokens with NaN or inf will be counted."""
+
     @property
     def outputs_changed(self) -> bool:
         """Whether the graph is another, or what it takes and returns."""
-        changed = bool(self.fields) or not all(isinstance(out, Node) or out is None for out in self.outputs)
+        changed = bool(self.fields) or bool(self.densified) or not all(isinstance(out, Node) or out is None for out in self.outputs)
         return changed or any(site.rewritten for site in self.sites)
 
 
 class Rewriter:
     """Rewrites a copy of one Dynamo graph. Dynamo reads its own graph again later, so that one is never edited."""
 
-    def __init__(self, module: GraphModule, config: MiniKVConfig, fused: bool = False):
-        """`fused`: whether what runs in plain PyTorch is to be traced into the graph."""
+    def __init__(
+        self, module: GraphModule, config: MiniKVConfig, fused: bool = False, values: Sequence[Any] | None = None
+    ):
+        """`fused`: whether what runs in plain PyTorch is to be traced into the graph. `values`: of its placeholders."""
         self.config, self.fused = config, fused
         self.module = copy_module(module)
         self.graph = self.module.graph
         self.originals = [node for node in self.graph.nodes if node.op == "placeholder"]
-        self.result = Rewritten(self.module, outputs(self.graph))
+        self.values = values
+        self.result = Rewritten(self.module, outputs(self.graph), buffers=Buffers(config))
         self.kept = {node for node in self.result.outputs if isinstance(node, Node)}
         self._fields: dict[tuple[Node, str], Node] = {}
         self.checked: frozenset[Node | None] = frozenset([None])
@@ -116,9 +133,7 @@ class Rewriter:
                 site = read_site(call, layer)
                 if layer in skipped:
                     raise NotTaken("listed in skip_layers")
-                held = fixed.find_call(site)
-                kind, change = self._plan(site) if held is None else fixed.plan(self, site, held)
-                idiom = functional.NAME if held is None else fixed.NAME
+                kind, idiom, change = self._plan_any(site)
                 changes.append(change)
             except NotTaken as untaken:
                 reason = str(untaken)
@@ -134,6 +149,17 @@ class Rewriter:
         return self.result
 
     # ---- one site
+
+    def _plan_any(self, site: Site) -> tuple[str, str, Callable[[int, int], None]]:
+        """As `_plan`, by the idiom of the site, whose name comes second."""
+        if (call := fixed.find_call(site)) is not None:
+            kind, change = fixed.plan(self, site, call)
+            return kind, fixed.NAME, change
+        if (buffers := static.find(site)) is not None:
+            kind, change = static.plan(self, site, buffers)
+            return kind, static.NAME, change
+        kind, change = self._plan(site)
+        return kind, functional.NAME, change
 
     def _plan(self, site: Site) -> tuple[str, Callable[[int, int], None]]:
         """What a site becomes, and the function that makes it so: of its place among the sites that are taken, and their
@@ -152,10 +178,10 @@ class Rewriter:
             raise
         if (key.past is None) != (value.past is None) or key.stored is value.stored:
             raise NotTaken("keys and values do not have a slot each")
-        if not same(shape(key.new)[SEQ], new) or not same(shape(value.new)[SEQ], new):
-            raise NotTaken(f"{new} queries for {shape(key.new)[SEQ]} new keys: cross-attention")
+        if not same(shape(key.new)[key.seq], new) or not same(shape(value.new)[value.seq], new):
+            raise NotTaken(f"{new} queries for {shape(key.new)[key.seq]} new keys: cross-attention")
         valid = self._padding(site, masks, new, tokens)
-        for size in (new, shape(key.stored)[SEQ]) if key.past is None else (new,):
+        for size in (new, shape(key.stored)[key.seq]) if key.past is None else (new,):
             if size_getter(size, self.originals) is None:
                 raise NotTaken(f"its number of tokens, {size}, is no size of an input of the graph")
         for slot in (key, value):
@@ -193,24 +219,26 @@ class Rewriter:
         self, site: Site, key: functional.Slot, value: functional.Slot, padding: Node | None, place: int, count: int
     ) -> None:
         observed = self.config.observed_queries
-        rows = (None, None) if padding is None else self._aligned(padding, key.new, site.node)
+        with self.graph.inserting_before(site.node):
+            k, v = (self._heads_first(slot) for slot in (key, value))
+        rows = (None, None) if padding is None else self._aligned(padding, k, site.node)
         scores = None
         if observed is not None or padding is not None or not site.fused:  # attention written out needs memory of seq * seq
             with self.graph.inserting_before(site.node):
-                args = (site.query, key.new, value.new, *rows, site.scale, observed)
+                args = (site.query, k, v, *rows, site.scale, observed)
                 out, scores = self._call(minikv.prefill_attention.default, args, 2)
             site.node.replace_all_uses_with(out)
         else:
-            site = self.without_mask(site, key.new, value.new)
+            site = self.without_mask(site, k, v)
         with self.graph.inserting_after(site.node if scores is None else scores):
             arguments = (
-                key.new, value.new, None if observed is None else scores, *rows, place, count, self.config.to_json(),
+                k, v, None if observed is None else scores, *rows, place, count, self.config.to_json(),
             )  # fmt: skip
             names = ops.fields(self.config, padding is not None)
             made = self._call(minikv.compress.default, arguments, 2 * len(names))
-        length = shape(key.stored)[SEQ]
+        length = shape(key.stored)[key.seq]
         for role, slot, nodes in zip(ROLES, (key, value), (made[: len(names)], made[len(names) :]), strict=True):
-            self._replace_output(slot.stored, Made(role, tuple(names), tuple(nodes), length, site.layer))
+            self._replace_output(slot.stored, Made(role, tuple(names), tuple(nodes), length, site.layer, slot.seq))
             if slot.stored is not slot.new:
                 empty = slot.stored
                 empty.replace_all_uses_with(slot.new)
@@ -224,6 +252,7 @@ class Rewriter:
         tier = [name for name in ("codes", "scale", "zero") if self.config.bits < 16]
         past = key.past, value.past
         with self.graph.inserting_before(site.node):
+            k, v = self._heads_first(key), self._heads_first(value)
             k_tier, v_tier = ([self.field(kv, name) for name in tier] for kv in past)
             k_dense, v_dense = (self.field(kv, "dense") for kv in past)
             # A CPU has no kernel of ours: Inductor makes one of the op's plain PyTorch.
@@ -232,14 +261,14 @@ class Rewriter:
             out = self.graph.call_function(
                 ops.decode_attention_in_graph if in_graph else minikv.decode_attention.default,
                 (
-                    site.query, key.new, value.new, k_tier, v_tier, k_dense, v_dense, self.field(key.past, "state"),
+                    site.query, k, v, k_tier, v_tier, k_dense, v_dense, self.field(key.past, "state"),
                     self.field(key.past, "length"), site.scale, self.config.to_json(), last,
                 ),
             )  # fmt: skip
         out.meta["example_value"] = example(site.node)
         site.node.replace_all_uses_with(out)
         for slot in (key, value):
-            longer = Longer(self.originals.index(slot.past), shape(slot.new)[SEQ], site.layer)
+            longer = Longer(self.originals.index(slot.past), shape(slot.new)[slot.seq], site.layer)
             self._replace_output(slot.stored, longer)
         self._detach_output()
         erase_dead(self.graph, [site.node], site.nodes)
@@ -248,6 +277,14 @@ class Rewriter:
                 raise RewriteError(f"site {site.layer} ({where(site.node)}): {slot.past} is still used after its rewrite")
 
     # ---- pieces
+
+    def _heads_first(self, slot: functional.Slot) -> Node:
+        """The new tokens of a slot, [batch, kv_heads, n, head_dim], where nodes are being inserted."""
+        if slot.seq == SEQ:
+            return slot.new
+        node = self.graph.call_method("transpose", (slot.new, 1, SEQ))
+        node.meta["example_value"] = example(slot.new).transpose(1, SEQ)
+        return node
 
     def without_mask(self, site: Site, key: Node, value: Node) -> Site:
         """A prompt's attention whose masks are proved to say no more than "causal", so that none is ever made."""
@@ -266,6 +303,10 @@ class Rewriter:
         with self.graph.inserting_after(call):
             items = [self.graph.call_function(_item, (call, i)) for i in reversed(range(results))]
         return items[::-1]
+
+    def value_of(self, node: Node) -> Any:
+        """What the placeholder `node` was given when the graph was captured; None if that is not known."""
+        return None if self.values is None else self.values[self.originals.index(node)]
 
     def _aligned(self, padding: Node, key: Node, before: Node) -> tuple[Node, ...]:
         """`align_rows` of a padding mask, made where the first site needs it."""
@@ -311,7 +352,7 @@ class Rewriter:
         """The placeholder of a tensor of the `KVTensor` placeholder `kv`, or of its "length"."""
         if (kv, name) not in self._fields:
             fake = example(kv)
-            value = fake.shape[SEQ] if name == "length" else getattr(fake, name)
+            value = fake.length if name == "length" else getattr(fake, name)
             if name == "length":
                 # Dynamo passes the sizes that it uses as inputs of their own.
                 passed = [n for n in self.originals if isinstance(example(n), torch.SymInt) and same(example(n), value)]
@@ -340,15 +381,16 @@ class Rewriter:
         tensor = reader.args[0]
 
         def size(dim: int) -> Any:
-            if dim % 4 != SEQ:
-                extent = shape(tensor)[dim % 4]
-                return extent if isinstance(extent, int) else self.graph.call_method("size", (self.field(kv, "dense"), dim))
+            seq = example(kv).seq
+            if dim % 4 != seq:
+                extent, held = shape(tensor)[dim % 4], {0: 0, 3: 3}.get(dim % 4, 1)
+                return extent if isinstance(extent, int) else self.graph.call_method("size", (self.field(kv, "dense"), held))
             length = self.field(kv, "length")
             if tensor is kv:
                 return length
             new = argument(tensor, 0, "tensors")[1]
-            n = shape(new)[SEQ]
-            n = n if isinstance(n, int) else self.graph.call_method("size", (new, SEQ))
+            n = shape(new)[seq]
+            n = n if isinstance(n, int) else self.graph.call_method("size", (new, seq))
             return self.graph.call_function(operator.add, (length, n))
 
         with self.graph.inserting_before(reader):
@@ -396,17 +438,14 @@ class Rewriter:
 
     def _densify_rest(self) -> None:
         """A compressed past of a site that was not taken: the model's own attention reads it in full precision."""
+        for node, why in static.densify_rest(self):
+            self._warn_dense(node, why)
         for node in self.originals:
             kv = example(node)
             if not isinstance(kv, KVTensor) or not node.users:
                 continue
             why = next((site.reason for site in self.result.sites if site.reason), "it is read outside of attention")
-            if self.config.drops:
-                raise RewriteError(
-                    f"{node.name}: a compressed cache that dropped tokens meets an attention that cannot be rewritten "
-                    f"({why}). Feed one token at a time, or use a preset that drops nothing."
-                )
-            log.warning("%s goes back to a dense cache: %s", node.name, why)
+            self._warn_dense(node, why)
             names = ("codes", "scale", "zero", "dense", "state", "important", "kept")
             tensors = [self.field(node, name) if getattr(kv, name) is not None else None for name in names]
             # Users in the graph's order: the dense tensor stands before the first.
@@ -415,8 +454,19 @@ class Rewriter:
                     minikv.dequantize.default,
                     (*tensors, self.field(node, "length"), kv.role, self.config.to_json()),
                 )
+                if kv.seq != SEQ:
+                    dense = self.graph.call_method("transpose", (dense, kv.seq, SEQ))
             dense.meta["example_value"] = kv.dense.new_empty(kv.shape)
             node.replace_all_uses_with(dense)
+
+
+    def _warn_dense(self, node: Node, why: str) -> None:
+        if self.config.drops:
+            raise RewriteError(
+                f"{node.name}: a compressed cache that dropped tokens meets an attention that cannot be rewritten "
+                f"({why}). Feed one token at a time, or use a preset that drops nothing."
+            )
+        log.warning("%s goes back to a dense cache: %s", node.name, why)
 
 
 def _item(values: Sequence[Any], index: int) -> Any:
@@ -428,9 +478,9 @@ def _first_columns(mask: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def _appends(node: Node, kv: Node) -> bool:
-    """Whether `node` is `cat([kv, new], SEQ)`."""
+    """Whether `node` appends to `kv`."""
     operands = argument(node, 0, "tensors") if is_call(node, "cat") else ()
-    return len(operands) == 2 and operands[0] is kv and argument(node, 1, "dim", 0) % 4 == SEQ
+    return len(operands) == 2 and operands[0] is kv and argument(node, 1, "dim", 0) % 4 == example(kv).seq
 
 
 def replace_uses(node: Node, by: Node | int) -> None:
@@ -445,7 +495,9 @@ def other_reader(node: Node, site: tuple[Node, ...]) -> Node | None:
     for user in node.users:
         if user in site or user.op == "output":
             continue
-        repeats = is_call(user, "expand", "reshape", "view", "unsqueeze", "contiguous", "repeat_interleave")
+        repeats = is_call(
+            user, "expand", "reshape", "view", "unsqueeze", "contiguous", "repeat_interleave", "transpose", "permute", "swapaxes"
+        )
         if not (repeats or is_getitem(user)):
             return user
         reader = other_reader(user, site)

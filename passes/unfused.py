@@ -86,8 +86,8 @@ def read_unfused(node: Node) -> Unfused:
         logits = _step(logits, found)
     nodes.append(logits)
     found.query, transposed = _before_upcast(logits.args[0], nodes), _before_upcast(logits.args[1], nodes)
-    found.key = _before_upcast(_untransposed(transposed), nodes)
     nodes.append(transposed)
+    found.key = _before_upcast(_untransposed(transposed), nodes)
     for before in nodes[1:]:
         reader = next((user for user in before.users if user not in nodes), None)
         if reader is not None:
@@ -129,8 +129,11 @@ def _step(node: Node, found: Unfused) -> Node:
 
 
 def _before_upcast(node: Node, nodes: list[Node]) -> Node:
-    """The operand of which `node` is a copy in fp32: products are summed in fp32 in any case."""
-    while is_call(node, "to", "float", "type") and example(node).dtype == torch.float32:
+    """The operand of which `node` is a copy in fp32: products are summed in fp32 in any case.
+
+    A copy that somebody else reads too, such as a cache, is an operand itself.
+    """
+    while is_call(node, "to", "float", "type") and example(node).dtype == torch.float32 and set(node.users) <= set(nodes):
         nodes.append(node)
         node = node.args[0]
     return node

@@ -58,7 +58,7 @@ def test_tokens_equal_eagers(architecture):
     assert {site.idiom for graph in backend.graphs for site in graph} == {"MiniKVCache"} and is_active(model)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "falcon", "opt", "cohere2", "gptj", "bamba"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "falcon", "opt", "cohere2", "gptj", "codegen", "bamba"])
 def test_families(family):
     """Also those of which something is left alone: the cache then serves the model's own attention."""
     model = zoo.build(family)
@@ -615,3 +615,22 @@ def test_a_causal_mask_from_outside_for_all_rows_at_once():
         compiled(model, make_backend())
         actual = model(ids, attention_mask=mask, past_key_values=MiniKVCache(model, 64, 2, "lossless")).logits
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["rewritten", "eager", "strict"])
+def test_nan_in_a_prompt_is_reported(how):
+    model, ids = tiny(), prompt(40, 2)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[3] = torch.inf
+    config = MiniKVConfig(strict=how == "strict")
+    if how != "eager":
+        compiled(model, MiniKVBackend(config, "eager"))
+    message = r"NaN or inf in 80 tokens in the values of layer 1: "
+    with torch.no_grad(), (pytest.raises(ValueError, match=message) if how == "strict" else pytest.warns(match=message)):
+        model(ids, past_key_values=MiniKVCache(model, 64, 2, config))
+
+
+def test_finite_prompts_warn_of_nothing(recwarn):
+    model, ids = tiny(), prompt(40, 2)
+    generate(compiled(model, make_backend("default")), ids, MiniKVCache(model, 64, 2))
+    assert not [warning for warning in recwarn if "NaN" in str(warning.message)]

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from .helpers import PlainDecoder, make_backend, prompt, run_plain
+from .test_order import SeqFirstDecoder
 
 DIMS = st.sampled_from([8, 16, 32, 48])  # 8 is none that the kernels take
 SPELLINGS = ["call", "grouped", "unfused", "upcast", "prescaled"]
@@ -54,11 +55,11 @@ def attention(spelling, mask, scale):
 @given(
     spelling=st.sampled_from(SPELLINGS), mask=st.sampled_from(MASKS), scale=st.sampled_from([None, 0.3]), dim=DIMS,
     kv_heads=st.sampled_from([1, 2, 3]), ratio=st.sampled_from([1, 2, 5]), batch=st.sampled_from([1, 2]),
-    tokens=st.integers(2, 40),
+    tokens=st.integers(2, 40), decoder=st.sampled_from([PlainDecoder, SeqFirstDecoder]),
 )  # fmt: skip
-def test_rewritten_equals_eager(spelling, mask, scale, dim, kv_heads, ratio, batch, tokens):
+def test_rewritten_equals_eager(spelling, mask, scale, dim, kv_heads, ratio, batch, tokens, decoder):
     torch._dynamo.reset()
-    model = PlainDecoder(attention(spelling, mask, scale), 2, kv_heads * ratio, kv_heads, dim)
+    model = decoder(attention(spelling, mask, scale), 2, kv_heads * ratio, kv_heads, dim)
     ids, backend = prompt(tokens + 4, batch), make_backend()
     expected, _ = run_plain(model, ids, tokens)
     got, past = run_plain(torch.compile(model, backend=backend), ids, tokens)
