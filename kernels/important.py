@@ -14,8 +14,8 @@ AVERAGED = 256
 
 
 def _mean(keys: Tensor) -> Tensor:
-    """fp32 [kv_heads, head_dim]."""
-    return keys[:, :: max(1, keys.shape[1] // AVERAGED)].mean(1, dtype=torch.float32)
+    """fp32 [kv_heads, head_dim]. What is not finite counts as 0, so that one such key does not move all others."""
+    return keys[:, :: max(1, keys.shape[1] // AVERAGED)].float().nan_to_num(0.0, 0.0, 0.0).mean(1)
 
 
 def distance_from_mean_reference(keys: Tensor) -> Tensor:
@@ -81,17 +81,20 @@ def stored_order_reference(important: Tensor, n: int, sinks: int) -> Tensor:
     return torch.cat([token[..., :sinks], important, rest], -1)
 
 
-@triton.jit(do_not_specialize=["n", "sinks"])
+@triton.jit(do_not_specialize=["n", "sinks", "count"])
 def _order_kernel(
     IMPORTANT, OUT, n, sinks, count, COUNT: tl.constexpr, SLOTS: tl.constexpr
 ):  # fmt: skip
     """One program: SLOTS slots of one head of a row."""
     row = tl.program_id(1).to(tl.int64)
     slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
-    m = tl.arange(0, COUNT)
-    important = tl.load(IMPORTANT + row * count + m, mask=m < count, other=n + COUNT).to(tl.int32)
     token = slot - count
-    rest = token + tl.sum(((important - m)[None, :] <= token[:, None]).to(tl.int32), 1)
+    before = tl.zeros([SLOTS], tl.int32)
+    for low in range(0, count, COUNT):
+        m = low + tl.arange(0, COUNT)
+        important = tl.load(IMPORTANT + row * count + m, mask=m < count, other=n + count).to(tl.int32)
+        before += tl.sum(((important - m)[None, :] <= token[:, None]).to(tl.int32), 1)
+    rest = token + before
     apart = tl.load(IMPORTANT + row * count + slot - sinks, mask=(slot >= sinks) & (token < sinks), other=0)
     stored = tl.where(slot < sinks, slot, tl.where(token < sinks, apart, rest))
     tl.store(OUT + row * n + slot, stored.to(tl.int64), mask=slot < n)
@@ -103,7 +106,7 @@ def stored_order_triton(important: Tensor, n: int, sinks: int) -> Tensor:
     out = torch.empty(batch, heads, n, dtype=torch.int64, device=important.device)
     slots = 64
     _order_kernel[(triton.cdiv(n, slots), batch * heads)](
-        important.contiguous(), out, n, sinks, count, COUNT=triton.next_power_of_2(count), SLOTS=slots, num_warps=4
+        important.contiguous(), out, n, sinks, count, COUNT=min(triton.next_power_of_2(count), 128), SLOTS=slots, num_warps=4
     )
     return out
 

@@ -158,8 +158,7 @@ def seek(
     for state in (key_state, value_state):
         state[:, OFFSET] += removed.to(state.dtype)
         state.mul_(~again)
-    first = settings.sinks + torch.arange(important.shape[-1], dtype=important.dtype, device=important.device)
-    important.copy_(torch.where(again, first, important))
+    important.copy_(torch.where(again, fixed.first_tokens(settings, important.device), important))
     kept.mul_(~again)
     length.copy_(position)
 

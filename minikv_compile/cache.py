@@ -52,7 +52,7 @@ class MiniKVLayer(CacheLayerMixin):
                 fixed.allocate(config, role, batch_size, kv_heads, max_cache_len, head_dim, dtype, device)
                 for role in ROLES
             )
-            self.important = torch.zeros(batch_size, kv_heads, config.important, dtype=torch.int32, device=device)
+            self.important = fixed.first_tokens(config, device).repeat(batch_size, kv_heads, 1)
             self.kept = torch.zeros(batch_size, kv_heads, -(-max_cache_len // 8), dtype=torch.uint8, device=device)
             self.length = torch.zeros((), dtype=torch.int64, device=device)
             self.padding = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -137,6 +137,7 @@ class MiniKVLayer(CacheLayerMixin):
         self.filled = False
         for tensor in (self.key[fixed.STATE], self.value[fixed.STATE], self.length, self.padding):
             tensor.zero_()
+        self.important.copy_(fixed.first_tokens(self.config, self.important.device))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in another order, in place."""

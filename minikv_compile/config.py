@@ -54,7 +54,8 @@ class MiniKVConfig:
     """Prompt tokens of each KV head, the most important ones, that are held unquantized beside the sinks (MiKV, arXiv
     2402.18096, section 3.2: its important tier), in tokens."""
     importance: str = "key_outlier"
-    """Which ones: the name of a `Policy` (policy.py), those with the highest scores."""
+    """Which ones: those with the highest scores of a `Policy` (policy.py), a name or an object as in `policy`, of the tokens
+    that would be packed otherwise. A prompt in parts is asked for its first part only, and what is generated never."""
     window: int = 64
     """Newest tokens, never quantized, in tokens: a rollback of up to `window` tokens is exact."""
     buffer: int = BLOCK
@@ -62,7 +63,8 @@ class MiniKVConfig:
     blocks of 128 tokens. (MiniKV's residual length, 128.)"""
     policy: str = "keep_all"
     """Which prompt tokens are kept: "keep_all", or the name of a `Policy` (policy.py): "heavy_hitter" (MiniKV, H2O),
-    "observation_window" (SnapKV), "recent" (StreamingLLM), "key_norm", "random"; or a `Policy` object of your own."""
+    "observation_window" (SnapKV), "recent" (StreamingLLM), "key_norm", "key_outlier", "random"; or a `Policy` object of your
+    own."""
     observed: int = 64
     """Newest prompt queries whose attention "observation_window" looks at, in tokens (SnapKV section 4)."""
     pool: int = 7
@@ -112,17 +114,20 @@ class MiniKVConfig:
             count(self.buffer) and self.buffer >= BLOCK and self.buffer % BLOCK == 0,
             "buffer", f"a positive multiple of {BLOCK} tokens",
         )  # fmt: skip
-        if isinstance(self.policy, Policy):
-            try:
-                check_policy(self.policy)
-            except ValueError as error:
-                raise ConfigError(f"MiniKVConfig.policy: {error}") from None
-            policy = self.policy
-            object.__setattr__(self, "policy", policy.name)
-        else:
-            policy = None
-        check(policy is not None or self.policy in list(POLICIES), "policy", f"one of {', '.join(POLICIES)}, or a Policy")
-        check(self.importance in [name for name in POLICIES if name != KEEP_ALL], "importance", "the name of a Policy")
+        custom: dict[str, Policy] = {}
+        for field in ("policy", "importance"):
+            given = getattr(self, field)
+            if isinstance(given, Policy):
+                try:
+                    check_policy(given)
+                except ValueError as error:
+                    raise ConfigError(f"MiniKVConfig.{field}: {error}") from None
+                check(custom.setdefault(given.name, given) is given, field, "another name: two policies have this one")
+                object.__setattr__(self, field, given.name)
+        policies = {**POLICIES, **custom}
+        check(self.policy in list(policies), "policy", f"one of {', '.join(POLICIES)}, or a Policy")
+        scoring = [name for name in policies if name != KEEP_ALL]
+        check(self.importance in scoring, "importance", f"one of {', '.join(scoring)}, or a Policy")
         check(count(self.observed) and self.observed > 0, "observed", "a positive number of tokens")
         check(count(self.pool) and self.pool % 2 == 1, "pool", "an odd number of tokens")
         check(share(self.heavy), "heavy", "a share of the prompt in [0.0, 1.0] or a number of tokens")
@@ -147,11 +152,9 @@ class MiniKVConfig:
             not (self.bits == 16 and self.policy != KEEP_ALL),
             "policy", '"keep_all" when bits is 16',
         )  # fmt: skip
-        policies = {**POLICIES, self.policy: policy or POLICIES[self.policy]}
         observes = {policies[name].observes for name in self._scored} - {"nothing"}
         check(len(observes) < 2, "importance", f"a policy that observes the same queries as {self.policy!r}, or none")
-        if policy is not None:  # known by its name once all else is right
-            POLICIES[policy.name] = policy
+        POLICIES.update(custom)  # known by their names once all else is right
 
     @classmethod
     def preset(cls, name: str, **changes: object) -> MiniKVConfig:

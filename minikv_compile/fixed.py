@@ -19,6 +19,7 @@ from .config import MiniKVConfig
 from .kernels import attention
 from .kernels.packing import BLOCK, metadata_dtype
 from .ops import IN_TIER, OFFSET, READS_HOST, ROLES, without_autocast
+from .policy import POLICIES
 from .rotation import rotation_matrix
 
 log = logging.getLogger("minikv")
@@ -54,6 +55,12 @@ def allocate(
 def _dense_capacity(config: MiniKVConfig, max_length: int) -> int:
     # A prompt shorter than `min_prompt` stays whole.
     return max_length if config.bits == 16 else ops.dense_capacity(config, min(config.min_prompt, max_length))
+
+
+def first_tokens(config: MiniKVConfig, device: torch.device) -> Tensor:
+    """int32 [config.important]: the important tokens of rows without a prompt: as long as nothing is packed, all tokens lie
+    in their order."""
+    return torch.arange(config.sinks, config.pinned, dtype=torch.int32, device=device)
 
 
 def used(state: Tensor) -> Tensor:
@@ -101,7 +108,8 @@ def store_prompt(
         raise ValueError(f"MiniKVCache: a prompt of {seq} tokens, but room for {max_length}: raise max_cache_len.")
     packs = seq >= max(settings.min_prompt, settings.pinned + settings.window + BLOCK)
     if packs and settings.observed_queries is not None and scores is None:
-        looks = settings.policy if settings.drops else settings.importance
+        drops = settings.drops and POLICIES[settings.policy].observes != "nothing"
+        looks = settings.policy if drops else settings.importance
         raise ValueError(
             f"MiniKVCache: the policy {looks!r} looks at the prompt's attention, so the prefill must run through the minikv "
             "backend too: model.compile(backend=...) and generate(..., disable_compile=True). (With a CompileConfig, "

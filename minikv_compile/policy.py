@@ -180,7 +180,7 @@ class Random(Policy):
     def score(self, prompt: Prompt, config: MiniKVConfig) -> Tensor:
         device = prompt.keys.device
         generator = torch.Generator(device).manual_seed(prompt.layer)
-        return torch.rand(prompt.keys.shape[:2], device=device, generator=generator)
+        return torch.rand(prompt.keys.shape[:2], dtype=torch.float32, device=device, generator=generator)
 
 
 KEEP_ALL = "keep_all"
@@ -189,6 +189,7 @@ POLICIES: dict[str, Policy | None] = {
     **{policy.name: policy for policy in (HeavyHitter(), ObservationWindow(), Recent(), KeyNorm(), KeyOutlier(), Random())},
 }
 """By name; None keeps all."""
+OURS = tuple(POLICIES.values())
 
 
 OBSERVES = ("nothing", "all", "last")
@@ -237,15 +238,20 @@ def within_budget(scores: Tensor, length: int, layer: int, layers: int, config: 
 
 
 def score(name: str, prompt: Prompt, config: MiniKVConfig) -> Tensor:
-    """What policy `name` thinks of a prompt's tokens: fp32 [kv_heads, n].
+    """What policy `name` thinks of a prompt's tokens: fp32 [kv_heads, n], none negative.
+
+    What a policy of the user's gives below 0, or as NaN, counts as 0.
 
     Raises:
         ValueError: the policy returns another shape.
     """
-    scores, expected = POLICIES[name].score(prompt, config), (prompt.keys.shape[0], prompt.n)
+    policy = POLICIES[name]
+    scores, expected = policy.score(prompt, config), (prompt.keys.shape[0], prompt.n)
     if scores.shape != expected:
         raise ValueError(f"Policy {name!r}: scores are {tuple(scores.shape)}, must be {expected}.")
-    return scores
+    if policy in OURS:
+        return scores
+    return scores.float().nan_to_num(0.0).clamp(min=0.0) + 0.0  # selection orders by bits: -0.0 would be negative
 
 
 def important_tokens(
@@ -268,7 +274,7 @@ def important_tokens(
             scores = score(config.importance, prompts[b], config)
             scores = (scores if kept is None else scores.gather(1, kept[b]))[:, config.sinks : config.sinks + n]
         else:
-            scores = torch.zeros(heads, n, device=prompts[b].keys.device)
+            scores = torch.zeros(heads, n, dtype=torch.float32, device=prompts[b].keys.device)
         missing = max(packed) - packed[b]
         return F.pad(scores, (0, missing), value=-1.0) if missing else scores
 
@@ -284,6 +290,8 @@ def select(prompts: Sequence[Prompt], layer: int, layers: int, config: MiniKVCon
     def row(prompt: Prompt) -> Tensor:
         if prompt.n < config.pinned + config.window + BLOCK:  # nothing of it will be packed: dropping would save no byte
             return torch.arange(prompt.n, device=prompt.keys.device).expand(prompt.keys.shape[0], -1)
-        return within_budget(score(config.policy, prompt, config), prompt.n, layer, layers, config)
+        kept = within_budget(score(config.policy, prompt, config), prompt.n, layer, layers, config)
+        # Attention needs a token to attend to.
+        return kept if kept.shape[1] else kept.new_full((kept.shape[0], 1), prompt.n - 1)
 
     return [row(prompt) for prompt in prompts]

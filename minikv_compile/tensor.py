@@ -368,7 +368,7 @@ def _warn_not_finite(found: list[str], strict: bool) -> None:
         return
     message = (
         f"NaN or inf in {', '.join(found)}: quantized, each is stored as the nearest code of its group, and other tokens "
-        "are not affected; sinks, window and buffer hold it as it is. Check the model's dtype and weights."
+        "are not affected; sinks, important tokens, window and buffer hold it as it is. Check the model's dtype and weights."
     )
     if strict:
         raise ValueError(message)

@@ -634,3 +634,19 @@ def test_finite_prompts_warn_of_nothing(recwarn):
     model, ids = tiny(), prompt(40, 2)
     generate(compiled(model, make_backend("default")), ids, MiniKVCache(model, 64, 2))
     assert not [warning for warning in recwarn if "NaN" in str(warning.message)]
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_rows_without_a_prompt_are_read_in_order(used_before):
+    """Beside a row that has one: its important tokens are its own."""
+    layers = [MiniKVLayer(MiniKVConfig(), 600, rows, 2, 16, torch.float32, torch.device("cpu")) for rows in (2, 1)]
+    two, one = layers
+    if used_before:
+        two.update(*torch.randn(2, 2, 2, 400, 16))
+        two.reset()
+    one.update(*torch.randn(2, 1, 2, 400, 16))
+    two.write_rows(0, one)
+    new = torch.randn(100, 2, 2, 2, 1, 16)
+    for k, v in new:
+        two.update(k, v)
+    assert torch.equal(two.keys.dequantize()[1, :, 400:], torch.cat([k[1] for k, _ in new], 1))

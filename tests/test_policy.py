@@ -15,6 +15,7 @@ from minikv_compile.policy import (
     in_tokens,
     layer_budgets,
     pyramid,
+    select,
     uniform,
     within_budget,
 )
@@ -245,3 +246,39 @@ def test_importance_by_any_policy(importance):
     assert kv.important.shape == (2, 2, 20) and kv.state[:, 2].tolist() == [256, 256]
     held = take_tokens(kv.dequantize(), kv.important.long())
     assert torch.equal(held, kv.dense[:, :, 4:24])
+
+
+class Shifted(Policy):
+    """Negative scores, NaN, and another dtype."""
+
+    name = "shifted"
+
+    def score(self, prompt, config):
+        scores = prompt.keys.double().norm(dim=-1) - 100
+        scores[:, 5] = torch.nan
+        return scores
+
+
+def test_scores_of_the_users_own_are_made_safe():
+    """Padding of a shorter row is never chosen, whatever a policy says of real tokens."""
+    config = MiniKVConfig(importance=Shifted())
+    assert config == MiniKVConfig(importance="shifted") and POLICIES["shifted"].name == "shifted"
+    prompts = [Prompt(n, 0, None, *torch.randn(2, 2, n, 16), None) for n in (600, 300)]
+    chosen = important_tokens(prompts, None, [384, 128], config)
+    assert chosen[1].max() < 4 + 64 + 128 and (chosen.diff(dim=-1) > 0).all()
+
+
+def test_rows_of_which_nothing_is_packed_under_another_default_dtype():
+    keys = torch.randn(2, 50, 16)
+    torch.set_default_dtype(torch.float64)
+    try:
+        chosen = important_tokens([Prompt(50, 0, None, keys, keys, None)], None, [0], MiniKVConfig())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert chosen[0, 1].tolist() == list(range(4, 68))
+
+
+def test_a_layer_keeps_a_token_at_least():
+    config = MiniKVConfig.preset("minikv", recent=0.0, layer_budget=(1.0, 0.0))
+    (kept,) = select([Prompt(300, 1, torch.rand(2, 300), *torch.randn(2, 2, 300, 16), None)], 1, 2, config)
+    assert kept.tolist() == [[299], [299]]
