@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
+import minikv_compile.buffers  # noqa: F401  registers its ops
 from minikv_compile import KVTensor, MiniKVConfig
 from minikv_compile.cache import MiniKVLayer
 from minikv_compile.kernels.packing import BLOCK
@@ -142,6 +144,27 @@ def test_opcheck_extend_attention(preset):
 
 def test_opcheck_padding_of():
     opcheck(minikv.padding_of, torch.ones(7, 7, dtype=torch.bool).tril().expand(2, 1, 7, 7))
+
+
+def test_opcheck_seek():
+    layer, config, _, _ = fixed_layer("default")
+    opcheck(minikv.seek, torch.tensor([300]), layer.key[-1], layer.value[-1], layer.important, layer.kept, layer.length,
+            400, config)  # fmt: skip
+
+
+@pytest.mark.parametrize("start", [0, 300])
+def test_opcheck_prompt_or_extend(start):
+    layer, config, k, v = fixed_layer("default", filled=bool(start))
+    opcheck(minikv.prompt_or_extend, torch.randn(2, 4, 7, 32), k[:, :, :7], v[:, :, :7], torch.tensor(start), layer.key,
+            layer.value, layer.important, layer.kept, layer.length, layer.padding, 0, 1, 400, 0.25, config)  # fmt: skip
+
+
+def test_opcheck_given_back():
+    """It only raises: when it is run, not when it is traced."""
+    with FakeTensorMode():
+        assert minikv.given_back(torch.empty(0, dtype=torch.bfloat16), [2, 3]).shape == (2, 3)
+    with pytest.raises(RuntimeError, match="given back"):
+        minikv.given_back(torch.empty(0), [2, 3])
 
 
 def test_every_op_is_checked():
@@ -334,7 +357,8 @@ def test_compress_by_hand(config, dim, padded):
             for head in range(2):
                 tokens = own if chosen is None else own[chosen[row][head]]
                 assert torch.equal(mask[row, head].nonzero().flatten(), tokens)
-                distance = (k[row, head] - k[row, head, own].mean(0)).square().sum(-1)
+                sampled = own[:: max(1, len(own) // 256)]
+                distance = (k[row, head] - k[row, head, sampled].mean(0)).square().sum(-1)
                 expected, packed = compress_by_hand(x[row, head], tokens, distance, config, held.role)
                 assert held.state[row].tolist() == [seq - (len(tokens) - len(packed)), 0, len(packed)]
                 # Scale, zero or a code may be rounded the other way, here and there.

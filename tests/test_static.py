@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.library import opcheck
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import StaticCache
 
@@ -738,17 +737,3 @@ def test_a_step_whose_position_only_the_device_knows(monkeypatch):
             same_tokens(run(step, part, first, start=start), run(dense, part, first, start=start))
         with pytest.raises(ValueError, match="out of place"):
             run(step, prompt(1), start=90)
-
-
-def test_ops():
-    layer, config, k = make_layer()
-    key, value, *rest = held(layer)
-    opcheck(minikv.seek, (torch.tensor([300]), key[fixed.STATE], value[fixed.STATE], *rest[:3], 400, config))
-    q = torch.randn(1, HEADS, 7, DIM)
-    for start in (300, 0):
-        if not start:
-            layer.reset()
-        opcheck(
-            minikv.prompt_or_extend,
-            (q, k[:, :, :7], k[:, :, :7], torch.tensor(start), key, value, *rest, 0, 1, 400, 0.25, config),
-        )
