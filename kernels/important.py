@@ -30,6 +30,31 @@ def distance_from_mean_reference(keys: Tensor) -> Tensor:
     return (keys.float() - _mean(keys)[:, None]).square().sum(-1).nan_to_num(0.0, 0.0, 0.0)
 
 
+@triton.jit(do_not_specialize=["count", "step"])
+def _mean_kernel(
+    KEYS, OUT, stride_h, stride_n, count, step, D: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr
+):  # fmt: skip
+    """One program: CHANNELS channels of one head, of every `step`-th of its tokens."""
+    head = tl.program_id(0).to(tl.int64)
+    token = tl.arange(0, TOKENS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    at = KEYS + head * stride_h + (token * step).to(tl.int64)[:, None] * stride_n + channel[None, :]
+    keys = to_fp32(tl.load(at, mask=(token < count)[:, None] & (channel < D)[None, :], other=0.0))
+    mean = tl.sum(tl.where(tl.abs(keys) < float("inf"), keys, 0.0), 0) / count
+    tl.store(OUT + head * D + channel, mean, mask=channel < D)
+
+
+def _mean_triton(keys: Tensor) -> Tensor:
+    """`_mean` as a Triton kernel: one launch, where torch makes four."""
+    heads, n, dim = keys.shape
+    step = max(1, n // AVERAGED)
+    out = torch.empty(heads, dim, dtype=torch.float32, device=keys.device)
+    _mean_kernel[heads, triton.cdiv(dim, 16)](
+        keys, out, *keys.stride()[:2], triton.cdiv(n, step), step, D=dim, TOKENS=2 * AVERAGED, CHANNELS=16, num_warps=4
+    )
+    return out
+
+
 @triton.jit(do_not_specialize=["n"])
 def _distance_kernel(
     KEYS, MEAN, OUT, stride_h, stride_n, n, D: tl.constexpr, DP: tl.constexpr, TOKENS: tl.constexpr
@@ -46,13 +71,13 @@ def _distance_kernel(
 
 
 def distance_from_mean_triton(keys: Tensor) -> Tensor:
-    """`distance_from_mean` as a Triton kernel: the keys are read once, and nothing of their size is made."""
+    """`distance_from_mean` as Triton kernels: the keys are read once, and nothing of their size is made."""
     keys = unit_last(keys)
     heads, n, dim = keys.shape
     out = torch.empty(heads, n, dtype=torch.float32, device=keys.device)
     tokens = 32
     _distance_kernel[(triton.cdiv(n, tokens), heads)](
-        keys, _mean(keys), out, *keys.stride()[:2], n, D=dim, DP=triton.next_power_of_2(dim), TOKENS=tokens, num_warps=4
+        keys, _mean_triton(keys), out, *keys.stride()[:2], n, D=dim, DP=triton.next_power_of_2(dim), TOKENS=tokens, num_warps=4
     )
     return out
 

@@ -21,18 +21,36 @@ def highest_reference(scores: Tensor, count: int) -> Tensor:
 
 
 @triton.jit
-def _bits(SCORES, row, stride, low, n, TILE: tl.constexpr):
-    """Numbers that are not negative are ordered as their bits are."""
+def _bits(SCORES, PLACES, low, n, TILE: tl.constexpr, AMONG: tl.constexpr):
+    """Scores `low ... low + TILE - 1` of `n`, or, with AMONG, those at PLACES. Numbers that are not negative are ordered as
+    their bits are."""
     at = low + tl.arange(0, TILE)
-    return tl.load(SCORES + row * stride + at, mask=at < n, other=-1.0).to(tl.int32, bitcast=True)
+    real = at < n
+    if AMONG:
+        at = tl.load(PLACES + at, mask=real, other=-1)
+        real = at >= 0
+    return tl.load(SCORES + at, mask=real, other=-1.0).to(tl.int32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["n", "count"])
-def _highest_kernel(SCORES, OUT, stride, n, count, TILE: tl.constexpr, ONE_TILE: tl.constexpr):
-    """One program: one row, which it reads once for each two bits, or once where it fits in registers; until as many
-    scores as wanted reach the threshold, which seldom takes all bits."""
+@triton.jit(do_not_specialize=["n", "count", "width"])
+def _highest_kernel(
+    SCORES, PLACES, OUT, stride, n, count, width, TILE: tl.constexpr, ONE_TILE: tl.constexpr, AMONG: tl.constexpr
+):  # fmt: skip
+    """One program: a shard of `width` scores of a row of `n`, which it reads once for each two bits, or once where it fits in
+    registers; until as many scores as wanted reach the threshold, which seldom takes all bits.
+
+    OUT [rows, shards, count]: positions in the row, -1 where the shard has too few. AMONG: of the row's scores only those
+    at PLACES [rows, n] count, where these are not -1.
+    """
     row = tl.program_id(0).to(tl.int64)
-    bits = _bits(SCORES, row, stride, 0, n, TILE)
+    start = tl.program_id(1) * width
+    SCORES += row * stride + start
+    PLACES += row * n
+    OUT += (row * tl.num_programs(1) + tl.program_id(1)) * count
+    wanted = count
+    n = tl.minimum(n - start, width)
+    count = tl.minimum(count, n)
+    bits = _bits(SCORES, PLACES, 0, n, TILE, AMONG)
     threshold = 0  # what `count` scores reach; two more bits of the largest such number a round
     reached = n  # by how many
     i = 0
@@ -50,7 +68,7 @@ def _highest_kernel(SCORES, OUT, stride, n, count, TILE: tl.constexpr, ONE_TILE:
             zero = tl.zeros([TILE], tl.int32)
             found, found2, found3 = zero, zero, zero
             for low in range(0, n, TILE):
-                bits = _bits(SCORES, row, stride, low, n, TILE)
+                bits = _bits(SCORES, PLACES, low, n, TILE, AMONG)
                 found += (bits >= first).to(tl.int32)
                 found2 += (bits >= second).to(tl.int32)
                 found3 += (bits >= third).to(tl.int32)
@@ -68,32 +86,54 @@ def _highest_kernel(SCORES, OUT, stride, n, count, TILE: tl.constexpr, ONE_TILE:
     if not ONE_TILE:
         above = 0
         for low in range(0, n, TILE):
-            above += tl.sum((_bits(SCORES, row, stride, low, n, TILE) > threshold).to(tl.int32))
+            above += tl.sum((_bits(SCORES, PLACES, low, n, TILE, AMONG) > threshold).to(tl.int32))
     ties = count - above
     done = 0
     for low in range(0, n, TILE):
         if not ONE_TILE:
-            bits = _bits(SCORES, row, stride, low, n, TILE)
+            bits = _bits(SCORES, PLACES, low, n, TILE, AMONG)
         both = (bits > threshold).to(tl.int32) + ((bits == threshold).to(tl.int32) << 15)
         before = tl.cumsum(both, 0)
         ties_before = before >> 15
         taken = (bits > threshold) | ((bits == threshold) & (ties_before <= ties))
         place = done + (before & 0x7FFF) + tl.minimum(ties_before, ties) - 1
-        tl.store(OUT + row * count + place, (low + tl.arange(0, TILE)).to(tl.int64), mask=taken)
+        at = low + tl.arange(0, TILE)
+        position = tl.load(PLACES + at, mask=taken, other=-1) if AMONG else (start + at).to(tl.int64)
+        tl.store(OUT + place, position, mask=taken)
         if not ONE_TILE:
             done += tl.sum(taken.to(tl.int32))
             ties -= tl.minimum(tl.sum((bits == threshold).to(tl.int32)), ties)
+    for place in range(count, wanted):
+        tl.store(OUT + place, tl.full([], -1, tl.int64))
+
+
+SHARD = 512
+"""Scores that one warp holds in registers."""
 
 
 def highest_triton(scores: Tensor, count: int) -> Tensor:
-    """`highest` as a Triton kernel: one launch, where torch sorts twice."""
+    """`highest` as a Triton kernel: one launch, where torch sorts twice; or two, where few of many are wanted: a program has a
+    row to itself, and most multiprocessors none, so shards of it come first."""
     rows, n = scores.shape
     scores = scores if scores.stride(-1) == 1 else scores.contiguous()
-    out = torch.empty(rows, count, dtype=torch.int64, device=scores.device)
+    shards = triton.cdiv(n, SHARD)
+    if 0 < 8 * count <= SHARD and n >= 8 * SHARD:
+        first = _launch_highest(scores, None, count, shards)
+        return _launch_highest(scores, first.flatten(1), count, 1)[:, 0]
+    return _launch_highest(scores, None, count, 1)[:, 0]
+
+
+def _launch_highest(scores: Tensor, places: Tensor | None, count: int, shards: int) -> Tensor:
+    """Positions of the `count` highest scores of each shard, or of those at `places`: int64 [rows, shards, count]."""
+    n = scores.shape[1] if places is None else places.shape[1]
+    out = torch.empty(scores.shape[0], shards, count, dtype=torch.int64, device=scores.device)
     if count:
-        tile = min(max(triton.next_power_of_2(n), 1024), 16384)
-        _highest_kernel[rows,](
-            scores, out, scores.stride(0), n, count, TILE=tile, ONE_TILE=n <= tile, num_warps=max(tile // 2048, 4)
+        width = n if shards == 1 else SHARD
+        tile = min(max(triton.next_power_of_2(width), SHARD), 16384)
+        warps = 1 if tile == SHARD else max(tile // 2048, 4)
+        _highest_kernel[scores.shape[0], shards](
+            scores, out if places is None else places, out, scores.stride(0), n, count, width, TILE=tile, ONE_TILE=width <= tile,
+            AMONG=places is not None, num_warps=warps,
         )  # fmt: skip
     return out
 

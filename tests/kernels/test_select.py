@@ -6,19 +6,21 @@ import torch
 from minikv_compile.kernels.select import bitmask_reference, bitmask_triton, highest_reference, highest_triton
 
 
-@pytest.mark.parametrize("n, count", [(1, 1), (7, 0), (700, 200), (5000, 4999), (9000, 1), (40000, 3000)])
+@pytest.mark.parametrize("n, count", [(1, 1), (7, 0), (700, 200), (5000, 4999), (9000, 1), (40000, 3000), (4097, 64), (16384, 64), (9000, 7)])
 def test_matches_reference(device, n, count):
+    """Few of many are chosen in two launches."""
     scores = torch.rand(3, n + 9, device=device)[:, 4 : n + 4]
     assert torch.equal(highest_triton(scores, count), highest_reference(scores, count))
 
 
-def test_equal_scores(device):
+@pytest.mark.parametrize("kinds, count", [(4, 2000), (400, 64), (1, 64)])
+def test_equal_scores(device, kinds, count):
     """Of equal scores, the first ones."""
-    scores = torch.randint(0, 4, (2, 5000), device=device).float()
-    chosen = highest_triton(scores, 2000)
+    scores = torch.randint(0, kinds, (2, 5000), device=device).float()
+    chosen = highest_triton(scores, count)
     for row, taken in zip(scores, chosen, strict=True):
         assert (taken.diff() > 0).all()
-        assert torch.equal(row[taken].sort().values, row.topk(2000).values.sort().values)
+        assert torch.equal(row[taken].sort().values, row.topk(count).values.sort().values)
         threshold = row[taken].min()
         at = (row == threshold).nonzero().flatten()
         assert torch.equal(taken[row[taken] == threshold], at[: (row[taken] == threshold).sum()])
