@@ -322,8 +322,14 @@ def _attend_tier(
     for i in tl.static_range(length_of(TILES)):
         out = out + (tl.zeros([entry(LOADS, entry(TILES, i, 2), 1), ROWS], tl.float32),)
 
-    for block in range(first, last):
-        at = place + block
+    # So that the loop's offsets have 32 bits: 15 registers less.
+    K_CODES += place * (WORDS * D)
+    K_SCALE += place * K_META
+    K_ZERO += place * K_META
+    V_CODES += place * (WORDS * D)
+    V_SCALE += place * (GROUPS * BLOCK)
+    V_ZERO += place * (GROUPS * BLOCK)
+    for at in range(first, last):
         k_codes = K_CODES + at * (WORDS * D)
         k_scale = K_SCALE + at * K_META
         k_zero = K_ZERO + at * K_META
