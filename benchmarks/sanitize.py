@@ -23,9 +23,11 @@ import torch
 
 from minikv_compile.kernels.attend import attend_triton
 from minikv_compile.kernels.compress import compress_triton, dense_region_triton, empty_packed
+from minikv_compile.kernels.flush import move_up_triton, plan_triton
+from minikv_compile.kernels.important import distance_from_mean_triton, stored_order_triton
 from minikv_compile.kernels.packing import BLOCK, value_group
 from minikv_compile.kernels.scores import column_scores_triton
-from minikv_compile.kernels.select import highest_triton
+from minikv_compile.kernels.select import bitmask_triton, highest_triton
 from minikv_compile.rotation import hadamard
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
@@ -89,6 +91,20 @@ def scores(dim: int, dtype: torch.dtype, last: int | None) -> None:
     column_scores_triton(q, k, lse, dim**-0.5, torch.tensor([200, 77], device="cuda"), last)
 
 
+def important(dim: int, n: int) -> None:
+    """Tokens that are held apart, the order of storage, and which ones are kept, in bits."""
+    distance = distance_from_mean_triton(torch.randn(3, n, dim, device="cuda").bfloat16())
+    order = stored_order_triton(highest_triton(distance, 64)[None], n, 0)
+    bitmask_triton(order, torch.tensor([n - 7], dtype=torch.int32, device="cuda"), n)
+
+
+def flush(dim: int) -> None:
+    """Two rows, of which one is full."""
+    dense = torch.randn(2, 3, 300, dim, device="cuda")
+    state = torch.tensor([[0, 0, 0], [50, 0, BLOCK]], dtype=torch.int32, device="cuda")
+    move_up_triton(dense, state, plan_triton(state, 300, 1, 300, 4, 64, 1), 4)
+
+
 def launch() -> None:
     """Every kernel once or more."""
     torch.manual_seed(0)
@@ -101,6 +117,9 @@ def launch() -> None:
     scores(80, torch.float16, 64)
     highest_triton(torch.rand(4, 1000, device="cuda"), 100)
     highest_triton(torch.rand(2, 40000, device="cuda"), 100)
+    important(128, 5000)
+    important(80, 190)
+    flush(80)
     torch.cuda.synchronize()
     print("launched")
 
