@@ -24,33 +24,34 @@ from .tuning import compress_tuning
 
 FIELDS = 5
 """Columns of a table: the addresses of codes, scale, zero, dense and state. A row per layer's keys, then per layer's
-values, then one with the layers' lengths, as wide as it must be."""
+values."""
 
 _tables: dict[tuple[int, ...], Tensor] = {}
 """Tables by the addresses in them. A captured graph reads its table for as long as it is replayed, so a table lives as
 long as the first of the storages whose addresses it holds."""
 
 
-def table_of(keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]], lengths: Sequence[Tensor]) -> Tensor:
+def table_of(keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]]) -> Tensor:
     """int64, on the device: the addresses of these tensors.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, and no step ran before with these tensors.
     """
-    name = tuple(t.data_ptr() for tensors in (*keys, *values) for t in tensors) + tuple(t.data_ptr() for t in lengths)
+    name = tuple(t.data_ptr() for tensors in (*keys, *values) for t in tensors)
     if name in _tables:
         return _tables[name]
-    if lengths[0].is_cuda and torch.cuda.is_current_stream_capturing():
+    state = keys[0][-1]
+    if state.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("Run one decode step on this MiniKVCache before a step is captured in a CUDA graph.")
-    table = torch.tensor(name, dtype=torch.int64, device=lengths[0].device)
+    table = torch.tensor(name, dtype=torch.int64, device=state.device)
     _tables[name] = table
-    weakref.finalize(keys[0][-1].untyped_storage(), _tables.pop, name, None)
+    weakref.finalize(state.untyped_storage(), _tables.pop, name, None)
     return table
 
 
-@triton.jit(do_not_specialize=["n", "batch", "layers"])
+@triton.jit(do_not_specialize=["n", "batch"])
 def _count_kernel(
-    TABLE, PLAN, SEEN, n, capacity, pinned, window, blocks, batch, layers,
+    TABLE, PLAN, SEEN, n, capacity, pinned, window, blocks, batch,
     FIELDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS rows of one layer's keys or values. It counts `n` more tokens, and what will leave, in the state.
@@ -77,9 +78,6 @@ def _count_kernel(
             slot = first + tl.arange(0, BLOCK)
             mask = (real & (gone > 0))[:, None] & (slot < capacity)[None, :]
             tl.store(seen[:, None] + slot[None, :], tl.zeros([ROWS, BLOCK], tl.int32), mask=mask)
-    if (layer < layers) & (tl.program_id(1) == 0):
-        length = tl.load(TABLE + 2 * layers * FIELDS + layer).to(tl.pointer_type(tl.int64))
-        tl.store(length, tl.load(length) + n)
 
 
 @triton.jit(do_not_specialize=["batch", "first_layer", "capacity", "blocks"])
@@ -120,24 +118,24 @@ def _flush_kernel(
 
 
 def make_room(
-    keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]], lengths: Sequence[Tensor], n: int, pinned: int,
-    window: int, bits: int, groups: tuple[int, int], axes: tuple[GroupAxis, GroupAxis], rotation: Tensor | None, clip: float,
+    keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]], n: int, pinned: int, window: int, bits: int,
+    groups: tuple[int, int], axes: tuple[GroupAxis, GroupAxis], rotation: Tensor | None, clip: float,
 ) -> None:  # fmt: skip
-    """Count `n` more tokens in every layer, and flush the rows that could not hold them, in place.
+    """Count `n` more tokens in the states of every layer, and flush the rows that could not hold them, in place.
 
     Args:
         keys, values: codes, scale, zero, dense, state of each layer, contiguous and alike, the offset in a state minus the
-            tokens of its dense region. lengths: int64 [], of each layer.
+            tokens of its dense region.
         groups, axes: of the keys and of the values.
     """
-    *_, dense, state = keys[0]
+    dense = keys[0][3]
     layers, (batch, heads, capacity, dim) = len(keys), dense.shape
-    table, device = table_of(keys, values, lengths), dense.device
+    table, device = table_of(keys, values), dense.device
     plan = torch.empty(2 * layers, 3, batch, dtype=torch.int32, device=device)
     seen = torch.empty(2 * layers, batch, capacity, dtype=torch.int32, device=device)
     rows = min(32, triton.next_power_of_2(batch))
     _count_kernel[2 * layers, triton.cdiv(batch, rows)](
-        table, plan, seen, n, capacity, pinned, window, (capacity - pinned - window) // BLOCK, batch, layers,
+        table, plan, seen, n, capacity, pinned, window, (capacity - pinned - window) // BLOCK, batch,
         FIELDS=FIELDS, ROWS=rows, BLOCK=BLOCK, num_warps=1,
     )  # fmt: skip
     codes, scale = keys[0][:2]

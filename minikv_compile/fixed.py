@@ -171,8 +171,9 @@ def make_room(
     dim = keys[0][DENSE].shape[-1]
     groups, axes = zip(*(grouping(settings, role, dim) for role in ROLES), strict=True)
     rotation = rotation_matrix(settings.rotation, dim, key[0].device)
+    torch._foreach_add_(length, n)
     room.make_room(
-        keys, values, length, n, settings.pinned, settings.window, settings.bits, groups, axes, rotation, settings.clip
+        keys, values, n, settings.pinned, settings.window, settings.bits, groups, axes, rotation, settings.clip
     )
 
 

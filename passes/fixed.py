@@ -153,6 +153,11 @@ def _read_outside(rewriter: Rewriter, mask: Node) -> Node:
     return node
 
 
+def _only_before(node: Node, there: Node, call: Node) -> bool:
+    """Whether an input of the graph is read by nothing from `there` on but `call`, so that it can be written there."""
+    return node.op == "placeholder" and all(user is call or user < there for user in node.users)
+
+
 def _make_room(rewriter: Rewriter, site: Site, call: Node, mask: Node | None, limit: int | None) -> None:
     """Room for the new token of `call`: in one op with that of other layers which are alike."""
     graph = rewriter.graph
@@ -160,7 +165,7 @@ def _make_room(rewriter: Rewriter, site: Site, call: Node, mask: Node | None, li
     alike = text, *((str(list(shape(x))), example(x).dtype, example(x).device) for x in (*key, *value))  # or symbols
     there = rewriter.rooms.get(alike)
     given = (*key, *value, length)
-    if mask is None and there is not None and all(node.op == "placeholder" for node in given):
+    if mask is None and there is not None and all(_only_before(node, there, call) for node in given):
         keys, values, lengths, *rest = there.args
         there.args = ([*keys, *key], [*values, *value], [*lengths, length], *rest)
         return

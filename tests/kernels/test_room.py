@@ -12,7 +12,7 @@ from minikv_compile.rotation import rotation_matrix
 
 
 def layers_of(config, used, dim, dtype, device):
-    """Of layers with rows of so many dense tokens each: keys, values, lengths."""
+    """Of layers with rows of so many dense tokens each: keys, values."""
     made = {role: [] for role in ROLES}
     for rows in used:
         for role in ROLES:
@@ -21,7 +21,7 @@ def layers_of(config, used, dim, dtype, device):
             state[:, 0] = -torch.tensor(rows, dtype=torch.int32, device=device)
             state[:, 2] = torch.arange(len(rows), device=device) * BLOCK
             made[role].append([*tier, dense, state])
-    return *made.values(), [torch.tensor(900 + i, device=device) for i in range(len(used))]
+    return made.values()
 
 
 @pytest.mark.parametrize("preset", ["default", "minikv"])
@@ -30,18 +30,18 @@ def layers_of(config, used, dim, dtype, device):
 def test_like_layer_by_layer(device, preset, dtype, dim):
     config = MiniKVConfig.preset(preset)
     full, some = config.capacity, config.capacity - 1
-    keys, values, lengths = layers_of(config, [[full, some], [some, some], [3, full]], dim, dtype, device)
+    keys, values = layers_of(config, [[full, some], [some, some], [3, full]], dim, dtype, device)
     keys[0][3][0, 1, config.pinned + 5, 3] = torch.nan
     expected = [[[t.clone() for t in tensors] for tensors in held] for held in (keys, values)]
-    counted = [length.clone() for length in lengths]
+    length = torch.tensor(900)
     for layer in range(3):
-        make_room_reference(expected[0][layer], expected[1][layer], counted[layer], 1, config)
+        make_room_reference(expected[0][layer], expected[1][layer], length, 1, config)
     axes = [grouping(config, role, dim) for role in ROLES]
     room.make_room(
-        keys, values, lengths, 1, config.pinned, config.window, config.bits, *zip(*axes, strict=True),
+        keys, values, 1, config.pinned, config.window, config.bits, *zip(*axes, strict=True),
         rotation_matrix(config.rotation, dim, device), config.clip,
     )  # fmt: skip
-    assert lengths == counted
+    assert length == 903
     for held, wanted in zip((keys, values), expected, strict=True):
         for tensors, others in zip(held, wanted, strict=True):
             *tier, dense, state = tensors
@@ -68,18 +68,18 @@ def test_three_launches_however_many_layers(device, monkeypatch):
                 return self.kernel[grid]
 
         monkeypatch.setattr(room, name, Counted(kernel))
-    keys, values, lengths = layers_of(config, [[10, 20]] * 5, 64, torch.float32, device)
+    keys, values = layers_of(config, [[10, 20]] * 5, 64, torch.float32, device)
     room.make_room(
-        keys, values, lengths, 1, config.pinned, config.window, config.bits, (config.group, config.value_group(64)),
+        keys, values, 1, config.pinned, config.window, config.bits, (config.group, config.value_group(64)),
         ("token", "channel"), None, config.clip,
     )  # fmt: skip
     assert launched == [(10, 1), (10, 2), (10, 2)]
 
 
 def test_a_table_goes_with_its_storages(device):
-    keys, values, lengths = layers_of(MiniKVConfig(), [[1]], 64, torch.float32, device)
+    keys, values = layers_of(MiniKVConfig(), [[1]], 64, torch.float32, device)
     before = len(room._tables)
-    table = room.table_of(keys, values, lengths)
-    assert room.table_of(keys, values, lengths) is table and len(room._tables) == before + 1
+    table = room.table_of(keys, values)
+    assert room.table_of(keys, values) is table and len(room._tables) == before + 1
     del keys
     assert len(room._tables) == before
