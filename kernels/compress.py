@@ -123,30 +123,21 @@ def _quotient(x, divisor, inverse):
         return tl.fma(tl.fma(-guess, divisor, x), inverse, guess)
 
 
-@triton.jit(do_not_specialize=["start", "kept", "capacity"])
-def _compress_kernel(
-    X, INDEX, TOKENS, FIRST, SIGNS, SIZES, CODES, SCALE, ZERO, SEEN, COUNT, stride_xb, stride_xh, stride_xs,
-    stride_tokens, stride_first, stride_count, seq, start, kept, capacity, inset,
-    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FIRST_CHANNEL: tl.constexpr, CHANNELS: tl.constexpr,
-    STEP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TOKEN_AXIS: tl.constexpr, KEY_LAYOUT: tl.constexpr,
-    HAS_INDEX: tl.constexpr, ROTATE: tl.constexpr, COUNTED: tl.constexpr, IN_PLACE: tl.constexpr, LIMIT: tl.constexpr,
+@triton.jit
+def pack_block(
+    X, INDEX, SIGNS, SIZES, CODES, SCALE, ZERO, SEEN, COUNT, source_block, block, head, channel0, batch, filled, written,
+    stride_xb, stride_xh, stride_xs, stride_count, seq, start, kept, capacity, inset,
+    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHANNELS: tl.constexpr, STEP: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, TOKEN_AXIS: tl.constexpr, KEY_LAYOUT: tl.constexpr,
+    HAS_INDEX: tl.constexpr, ROTATE: tl.constexpr, COUNTED: tl.constexpr, LIMIT: tl.constexpr,
     BLOCK: tl.constexpr, SLICES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: one block of one head, CHANNELS of its channels.
+    """Where `written`: one block of one head, CHANNELS of its channels, of tokens `start + source_block * BLOCK ...` where
+    `filled`, else of zeros.
 
     Values are [SLICES, M, WORDS]: M is the axis that is not cut into slices (channels of keys, tokens of values), so
     that words [WORDS, M] are a sum over the first dimension, which each thread holds whole.
     """
-    source_block = tl.program_id(0)
-    head = tl.program_id(1) % HEADS
-    channel0 = FIRST_CHANNEL + tl.program_id(1) // HEADS * CHANNELS
-    batch = tl.program_id(2).to(tl.int64)
-    filled = source_block * BLOCK < tl.load(TOKENS + batch * stride_tokens)
-    block = source_block
-    written = filled | (not IN_PLACE)
-    if IN_PLACE:
-        block += tl.load(FIRST + batch * stride_first).to(tl.int32)
-        written = filled & (block < capacity)
     if written:
         M: tl.constexpr = CHANNELS if KEY_LAYOUT else BLOCK
         N: tl.constexpr = BLOCK if KEY_LAYOUT else CHANNELS
@@ -265,6 +256,33 @@ def _compress_kernel(
         inner += place * (BLOCK // GROUP * D if TOKEN_AXIS else D // GROUP * BLOCK)
         tl.store(SCALE + inner, scale, mask=real)
         tl.store(ZERO + inner, zero, mask=real)
+
+
+@triton.jit(do_not_specialize=["start", "kept", "capacity"])
+def _compress_kernel(
+    X, INDEX, TOKENS, FIRST, SIGNS, SIZES, CODES, SCALE, ZERO, SEEN, COUNT, stride_xb, stride_xh, stride_xs,
+    stride_tokens, stride_first, stride_count, seq, start, kept, capacity, inset,
+    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FIRST_CHANNEL: tl.constexpr, CHANNELS: tl.constexpr,
+    STEP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TOKEN_AXIS: tl.constexpr, KEY_LAYOUT: tl.constexpr,
+    HAS_INDEX: tl.constexpr, ROTATE: tl.constexpr, COUNTED: tl.constexpr, IN_PLACE: tl.constexpr, LIMIT: tl.constexpr,
+    BLOCK: tl.constexpr, SLICES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: one block of one head, CHANNELS of its channels."""
+    source_block = tl.program_id(0)
+    head = tl.program_id(1) % HEADS
+    channel0 = FIRST_CHANNEL + tl.program_id(1) // HEADS * CHANNELS
+    batch = tl.program_id(2).to(tl.int64)
+    filled = source_block * BLOCK < tl.load(TOKENS + batch * stride_tokens)
+    block = source_block
+    written = filled | (not IN_PLACE)
+    if IN_PLACE:
+        block += tl.load(FIRST + batch * stride_first).to(tl.int32)
+        written = filled & (block < capacity)
+    pack_block(
+        X, INDEX, SIGNS, SIZES, CODES, SCALE, ZERO, SEEN, COUNT, source_block, block, head, channel0, batch, filled,
+        written, stride_xb, stride_xh, stride_xs, stride_count, seq, start, kept, capacity, inset, HEADS, D, DP, CHANNELS,
+        STEP, BITS, GROUP, TOKEN_AXIS, KEY_LAYOUT, HAS_INDEX, ROTATE, COUNTED, LIMIT, BLOCK, SLICES, OPERAND, PRECISION,
+    )  # fmt: skip
 
 
 def empty_packed(

@@ -17,6 +17,10 @@ OFFSET, IN_TIER = 0, 2
 """Columns of a state that a flush changes: of the first token in the dense region, and tokens in the tier."""
 
 
+PART = 32
+"""Tokens that a program moves at once."""
+
+
 def plan_reference(state: Tensor, length: int, n: int, capacity: int, sinks: int, window: int, blocks: int) -> Tensor:
     """What leaves each row's dense region: int32 [3, batch]: tokens that leave it, blocks in its tier so far, and tokens
     in it so far.
@@ -31,6 +35,13 @@ def plan_reference(state: Tensor, length: int, n: int, capacity: int, sinks: int
     return torch.stack([tokens, state[:, IN_TIER] // BLOCK, in_dense]).int()
 
 
+@triton.jit
+def leaving(in_dense, n, capacity, sinks, window, blocks, BLOCK: tl.constexpr):
+    """Tokens that leave a dense region, as in `plan_reference`."""
+    tokens = tl.minimum(tl.maximum(in_dense - sinks - window, 0) // BLOCK, blocks) * BLOCK
+    return tl.where(in_dense + n > capacity, tokens, 0)
+
+
 @triton.jit(do_not_specialize=["length", "n", "capacity", "batch"])
 def _plan_kernel(
     STATE, PLAN, length, n, capacity, sinks, window, blocks, batch, stride_state, BLOCK: tl.constexpr, ROWS: tl.constexpr
@@ -40,8 +51,7 @@ def _plan_kernel(
     offset = tl.load(STATE + row * stride_state, mask=real, other=0)
     in_tier = tl.load(STATE + row * stride_state + 2, mask=real, other=0)
     in_dense = length - offset
-    leaving = tl.minimum(tl.maximum(in_dense - sinks - window, 0) // BLOCK, blocks) * BLOCK
-    tl.store(PLAN + row, tl.where(in_dense + n > capacity, leaving, 0), mask=real)
+    tl.store(PLAN + row, leaving(in_dense, n, capacity, sinks, window, blocks, BLOCK), mask=real)
     tl.store(PLAN + batch + row, in_tier // BLOCK, mask=real)
     tl.store(PLAN + 2 * batch + row, in_dense, mask=real)
 
@@ -75,30 +85,36 @@ def move_up_reference(dense: Tensor, state: Tensor, plan: Tensor, sinks: int) ->
     state[:, IN_TIER] += plan[0]
 
 
+@triton.jit
+def move_head_up(base, gone, used, sinks, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr):
+    """Drop `gone` tokens behind the sinks of one head's dense region at `base`. A block's source lies at least a block
+    behind its target, so that in ascending order no store reaches what is still to be loaded, whichever thread comes
+    first."""
+    channel = tl.arange(0, DP)
+    for first in range(sinks, used - gone, BLOCK):
+        for part in tl.static_range(0, BLOCK, PART):
+            slot = first + part + tl.arange(0, PART)
+            mask = (slot < used - gone)[:, None] & (channel < D)[None, :]
+            moved = tl.load(base + (slot + gone)[:, None] * D + channel[None, :], mask=mask)
+            tl.store(base + slot[:, None] * D + channel[None, :], moved, mask=mask)
+        tl.debug_barrier()
+
+
 @triton.jit(do_not_specialize=["batch", "capacity"])
 def _move_up_kernel(
     DENSE, STATE, PLAN, batch, sinks, capacity, stride_state, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """One program: one head of one row. A block's source lies at least a block behind its target, so that in ascending
-    order no store reaches what is still to be loaded, whichever thread comes first."""
+    """One program: one head of one row."""
     row, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    leaving = tl.load(PLAN + row)
-    if leaving > 0:
-        used = tl.load(PLAN + 2 * batch + row)
+    gone = tl.load(PLAN + row)
+    if gone > 0:
         base = DENSE + (row.to(tl.int64) * HEADS + head) * capacity * D
-        channel = tl.arange(0, DP)
-        for first in range(sinks, used - leaving, BLOCK):
-            for part in tl.static_range(0, BLOCK, PART):
-                slot = first + part + tl.arange(0, PART)
-                mask = (slot < used - leaving)[:, None] & (channel < D)[None, :]
-                moved = tl.load(base + (slot + leaving)[:, None] * D + channel[None, :], mask=mask)
-                tl.store(base + slot[:, None] * D + channel[None, :], moved, mask=mask)
-            tl.debug_barrier()
+        move_head_up(base, gone, tl.load(PLAN + 2 * batch + row), sinks, D, DP, BLOCK, PART)
         if head == 0:
             state = STATE + row * stride_state
-            tl.store(state, tl.load(state) + leaving)
-            tl.store(state + 2, tl.load(state + 2) + leaving)
+            tl.store(state, tl.load(state) + gone)
+            tl.store(state + 2, tl.load(state + 2) + gone)
 
 
 def move_up_triton(dense: Tensor, state: Tensor, plan: Tensor, sinks: int) -> None:
@@ -108,7 +124,7 @@ def move_up_triton(dense: Tensor, state: Tensor, plan: Tensor, sinks: int) -> No
     batch, heads, capacity, dim = dense.shape
     _move_up_kernel[(batch * heads,)](
         dense, state, plan, batch, sinks, capacity, state.stride(0), HEADS=heads, D=dim,
-        DP=triton.next_power_of_2(dim), BLOCK=BLOCK, PART=32, num_warps=4,
+        DP=triton.next_power_of_2(dim), BLOCK=BLOCK, PART=PART, num_warps=4,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """A whole decoder, decoding from each kind of cache: ours beside the fastest dense decoder of the same run.
 
 Prompts are read row by row, where a method's caches can be put together; each row's cache has room for the timed steps.
-Compilation and capture are reported apart.
+Compilation, warm-up and capture are reported apart.
 """
 
 from __future__ import annotations
@@ -12,33 +12,66 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.table import Table
-from torch import Tensor
-from transformers import DynamicCache, QuantizedCache
 
-from .backend import MiniKVBackend
-from .cache import MiniKVCache
-from .config import MiniKVConfig
+from . import presses
+from .decoders import WARM_UP, Decoder, Dense, Dynamic, Eager, Fixed, Pressed, Quanto, Static, captured
 from .measure import parse_method
-from .plan import held_bytes, parse_tokens
-from .report import cache_report
+from .plan import parse_tokens
 
-DENSE, TRANSFORMERS, QUANTO = "dense", "transformers", "quanto"
-"""Methods that are not ours: `Dense`, `Eager`, `Quanto`."""
+DENSE, TRANSFORMERS, STATIC, QUANTO = "dense", "transformers", "static", "quanto"
+"""Methods that are not ours: `Dense`, `Eager`, `Static`, `Quanto`; and those of `presses`."""
+DYNAMIC = "@dynamic"
+"""Ends the name of a method of ours on a `DynamicCache`."""
 ARCHITECTURES = "llama", "mistral", "qwen3"
 """What `Dense` can decode."""
+TUNED = {"coordinate_descent_tuning": True}
+"""Inductor's options under `--tuned`: it writes the matrix-vector products of one row by itself, and measures tiles."""
+
+
+@dataclass
+class Settings:
+    """How to measure."""
+
+    inner: str = "inductor"
+    """"inductor" or "eager": for the decode step of the methods that compile one."""
+    steps: int = 64
+    """Decode steps that are timed."""
+    rows: int | None = None
+    """Rows of a batch that are read; the others are copies. None: all."""
+    minutes: float = float("inf")
+    """Nothing new is started after so long."""
+    tuned: bool = False
+    bandwidth: float = 0.0
+    """Of a device's copy, read and written bytes per second. 0: not measured."""
+
+    @property
+    def options(self) -> dict[str, Any] | None:
+        return TUNED if self.tuned else None
+
+    @property
+    def room(self) -> int:
+        """Tokens for every step: the captured and untimed ones included."""
+        return self.steps + 24
+
+
+@dataclass
+class Case:
+    """Prompts of some lengths, one after the other, in caches with room for the longest."""
+
+    batch: int
+    prompts: list[int]
 
 
 @dataclass
 class Figures:
-    """What one method took in one case; times in milliseconds, memory in bytes."""
+    """What one method took for one prompt length; times in milliseconds, memory in bytes."""
 
     method: str
     batch: int
@@ -47,11 +80,33 @@ class Figures:
     """Of one row, the fastest of the rows: no compilation in it. Where a batch is read at once, its share."""
     per_token: float
     per_token_p99: float
+    decode_rate: float
+    """Tokens per second of all rows, decoding."""
+    total_rate: float
+    """Prompt and new tokens per second of all rows, from the first prompt's start to the last step's end."""
+    steps: int
+    host: float
+    """What the host is busy for in a step: from the call to its return, the device idle before it."""
     prefill_peak: int
     decode_peak: int
     cache_bytes: int
+    capacity: int
+    """Tokens of the longest prompt that the same cache had room for."""
+    rows_read: int
+    roofline: float
+    """Bytes of the weights and the cache over the bandwidth of a copy, of the time per token. 0: not measured."""
     preparation: float
-    """Compilation, warm-up and capture, in seconds."""
+    """Compilation, warm-up and capture, in seconds; 0 where a method had been prepared for a shorter prompt."""
+
+
+@dataclass
+class Failed:
+    """A cell that gave no figures."""
+
+    method: str
+    batch: int
+    prompt: int
+    failed: str
 
 
 class Timer:
@@ -75,6 +130,21 @@ class Timer:
         torch.cuda.synchronize()
         return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
 
+    def host(self, call: Callable[[], Any], repeats: int) -> float:
+        """The median time that the host is busy with a call."""
+        times = []
+        for _ in range(repeats):
+            self.wait()
+            begun = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - begun))
+        self.wait()
+        return statistics.median(times)
+
+    def wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
     def peak(self) -> int:
         """The most memory allocated since the last call."""
         if not self.on_gpu:
@@ -84,195 +154,34 @@ class Timer:
         return peak
 
 
-def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """`step` as a replay of a CUDA graph; `step` itself where there is no GPU."""
-    if device.type != "cuda":
-        return step
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+def copy_bandwidth(device: torch.device, size: int = 2**30) -> float:
+    """Bytes per second that a copy of `size` bytes reads and writes, the best of several."""
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2e3 * size / min(Timer(device)(lambda: target.copy_(source), 8))
 
 
-class Decoder:
-    """A model and a cache for one case."""
-
-    whole = False
-    """Whether the prompts of a batch are read together."""
-
-    def prefill(self, row: int, ids: Tensor) -> None:
-        """Read the prompt [rows, tokens] of the rows from `row` on."""
-        raise NotImplementedError
-
-    def step(self) -> None:
-        """Decode one token of each row."""
-        raise NotImplementedError
-
-    def bytes(self) -> int:
-        """Bytes of the cache's storages."""
-        raise NotImplementedError
-
-
-class Dense(Decoder):
-    """The baseline: the model's own weights, plain PyTorch, no mask, grouped-query SDPA over exactly the tokens there
-    are, everything between two attention calls compiled, the whole step in a CUDA graph."""
-
-    def __init__(self, model: Any, batch: int, length: int, compiled: bool):
-        config, self.model, self.length = model.config, model, length
-        shape = (batch, config.num_key_value_heads, length + 1, model.model.layers[0].self_attn.head_dim)
-        make = lambda: torch.empty(shape, dtype=model.dtype, device=model.device)  # noqa: E731
-        self.cache = [(make(), make()) for _ in model.model.layers]
-        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
-        wrap = torch.compile if compiled else lambda f: f
-        self.before, self.after, self.last = wrap(before_attention), wrap(after_attention), wrap(last_token)
-
-    def prefill(self, row: int, ids: Tensor) -> None:
-        cache = DynamicCache()
-        logits = self.model(ids, past_key_values=cache, logits_to_keep=1).logits
-        for (k, v), layer in zip(self.cache, cache.layers, strict=True):
-            k[row, :, : self.length], v[row, :, : self.length] = layer.keys[0], layer.values[0]
-            layer.keys = layer.values = None
-        self.ids[row] = logits.argmax(-1)[0]
-
-    def step(self) -> None:
-        """The token after the prompt, again and again: each call does all the work of a right step at this length."""
-        decoder, eps = self.model.model, self.model.config.rms_norm_eps
-        x = F.embedding(self.ids, decoder.embed_tokens.weight)
-        cos, sin = decoder.rotary_emb(x, torch.full((1, 1), self.length, device=x.device))
-        for layer, (keys, values) in zip(decoder.layers, self.cache, strict=True):
-            a, mlp = layer.self_attn, layer.mlp
-            norms = (a.q_norm.weight, a.k_norm.weight) if hasattr(a, "q_norm") else (None, None)
-            q, k, v = self.before(
-                x, cos, sin, layer.input_layernorm.weight, a.q_proj.weight, a.k_proj.weight, a.v_proj.weight, *norms,
-                a.head_dim, eps,
-            )  # fmt: skip
-            keys[:, :, self.length :], values[:, :, self.length :] = k, v
-            out = F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
-            x = self.after(
-                x, out, a.o_proj.weight, layer.post_attention_layernorm.weight, mlp.gate_proj.weight, mlp.up_proj.weight,
-                mlp.down_proj.weight, eps,
-            )  # fmt: skip
-        self.ids.copy_(self.last(x, decoder.norm.weight, self.model.lm_head.weight, eps))
-
-    def bytes(self) -> int:
-        return sum(t.nbytes for pair in self.cache for t in pair)
-
-
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
-def before_attention(x, cos, sin, weight, wq, wk, wv, q_norm, k_norm, head_dim: int, eps: float):
-    x = norm(x, weight, eps)
-    q, k, v = (F.linear(x, w).unflatten(-1, (-1, head_dim)).transpose(1, 2) for w in (wq, wk, wv))
-    if q_norm is not None:
-        q, k = norm(q, q_norm, eps), norm(k, k_norm, eps)
-    rotated = (y * cos[:, None] + torch.cat((-y.chunk(2, -1)[1], y.chunk(2, -1)[0]), -1) * sin[:, None] for y in (q, k))
-    return *rotated, v
-
-
-def after_attention(x, out, wo, weight, gate, up, down, eps: float):
-    x = x + F.linear(out.transpose(1, 2).flatten(2), wo)
-    y = norm(x, weight, eps)
-    return x + F.linear(F.silu(F.linear(y, gate)) * F.linear(y, up), down)
-
-
-def last_token(x, weight, head, eps: float):
-    return F.linear(norm(x, weight, eps), head).argmax(-1)
-
-
-class Ours(Decoder):
-    """The model as it is, compiled with the minikv backend, on a `MiniKVCache`; the step in a CUDA graph."""
-
-    def __init__(self, model: Any, config: MiniKVConfig, batch: int, length: int, inner: str, room: int):
-        self.model = model
-        self.cache = MiniKVCache(model, length + room, batch, config)
-        self.row = MiniKVCache(model, length + room, 1, config) if batch > 1 else self.cache
-        forward = type(model).forward.__get__(model)
-        # A prompt is long: nothing is gained there by fusing what is between matrix products.
-        self.read = torch.compile(forward, backend=MiniKVBackend(config, "eager"))
-        self.decode = torch.compile(forward, backend=MiniKVBackend(config, inner))
-        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
-
-    def prefill(self, row: int, ids: Tensor) -> None:
-        self.row.reset()
-        logits = self.read(ids, past_key_values=self.row, logits_to_keep=1, use_cache=True).logits
-        if self.row is not self.cache:
-            self.cache.write_rows(row, self.row)
-        self.ids[row] = logits.argmax(-1)[0]
-
-    def step(self) -> None:
-        logits = self.decode(self.ids, past_key_values=self.cache, use_cache=True).logits
-        self.ids.copy_(logits.argmax(-1))
-
-    def bytes(self) -> int:
-        return held_bytes(self.cache)
-
-
-class Eager(Decoder):
-    """transformers alone: SDPA, `DynamicCache`, no compilation."""
-
-    def __init__(self, model: Any, batch: int, length: int):
-        self.model, self.cache, self.rows = model, None, []
-        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
-
-    def prefill(self, row: int, ids: Tensor) -> None:
-        cache = DynamicCache()
-        self.ids[row] = self.model(ids, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)[0]
-        self.rows.append(cache)
-        if len(self.rows) == len(self.ids):
-            self.cache = DynamicCache()
-            for i, layers in enumerate(zip(*(c.layers for c in self.rows), strict=True)):
-                self.cache.update(*(torch.cat([getattr(x, n) for x in layers]) for n in ("keys", "values")), i)
-                for layer in layers:
-                    layer.keys = layer.values = None
-            self.rows = []
-
-    def step(self) -> None:
-        self.ids.copy_(self.model(self.ids, past_key_values=self.cache).logits.argmax(-1))
-
-    def bytes(self) -> int:
-        return cache_report(self.cache).bytes
-
-
-class Quanto(Eager):
-    """transformers' `QuantizedCache` with optimum-quanto's 2 bits (KIVI's, per its documentation), in groups of 64. Its rows
-    cannot be put together, so that it reads a whole batch at once."""
-
-    whole = True
-
-    def prefill(self, row: int, ids: Tensor) -> None:
-        self.cache = QuantizedCache("quanto", self.model.config, nbits=2)
-        self.ids.copy_(self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits.argmax(-1))
-
-    def bytes(self) -> int:
-        names = "_quantized_keys", "_quantized_values", "keys", "values"
-        return sum(_bytes_of(getattr(layer, name)) for layer in self.cache.layers for name in names)
-
-
-def _bytes_of(x: Tensor) -> int:
-    """Bytes of a tensor, or of the tensors that a subclass is made of."""
-    if not hasattr(x, "__tensor_flatten__"):
-        return x.untyped_storage().nbytes()
-    return sum(_bytes_of(getattr(x, name)) for name in x.__tensor_flatten__()[0])
+def decoded_weights(model: Any) -> int:
+    """Bytes of the weights that a decode step reads: all, but for an embedding of its own, of which it reads rows."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return sum(x.nbytes for x in model.parameters() if x is not embedding or x is head)
 
 
 def check_method(method: str) -> None:
     """
     Raises:
         ConfigError: no method, or a preset that cannot be changed so.
+        ValueError: no share of kvpress's.
         ImportError: what the method needs is not installed.
     """
     if method == QUANTO and find_spec("optimum") is None:
         raise ImportError(f"the method {QUANTO!r} needs optimum-quanto: pip install 'minikv-compile[benchmark]'")
-    if method not in (DENSE, TRANSFORMERS, QUANTO):
-        parse_method(method)
+    if method.partition(":")[0] in presses.PRESSES:
+        presses.kept_share(method)
+        if not presses.is_installed():
+            raise ImportError(f"the method {method!r} needs kvpress: pip install --no-deps kvpress")
+    elif method not in (DENSE, TRANSFORMERS, STATIC, QUANTO):
+        parse_method(method.removesuffix(DYNAMIC))
 
 
 def check_model(model: Any, methods: list[str]) -> None:
@@ -285,97 +194,202 @@ def check_model(model: Any, methods: list[str]) -> None:
         raise ValueError(f"the method {DENSE!r} knows {', '.join(ARCHITECTURES)}, not {kind!r}")
 
 
-def decoder_of(method: str, model: Any, batch: int, prompt: int, inner: str, steps: int) -> Decoder:
-    """What one method decodes with."""
+def decoder_of(method: str, model: Any, batch: int, longest: int, settings: Settings) -> Decoder:
+    """What one method decodes with, for prompts of up to `longest` tokens."""
+    inner, options = settings.inner, settings.options
     if method == DENSE:
-        return Dense(model, batch, prompt, compiled=inner == "inductor")
+        return Dense(model, batch, longest, options, compiled=inner == "inductor")
+    if method == STATIC:
+        return Static(model, batch, longest, settings.room, inner, options)
     if method in (TRANSFORMERS, QUANTO):
-        return (Eager if method == TRANSFORMERS else Quanto)(model, batch, prompt)
-    # Room for every step, the captured ones included, and for one to compile.
-    return Ours(model, parse_method(method), batch, prompt, inner, room=steps + 8)
+        return (Eager if method == TRANSFORMERS else Quanto)(model, batch)
+    if method.partition(":")[0] in presses.PRESSES:
+        return Pressed(model, batch, method)
+    config = parse_method(method.removesuffix(DYNAMIC))
+    if method.endswith(DYNAMIC):
+        return Dynamic(model, config, batch, inner)
+    return Fixed(model, config, batch, longest, settings.room, inner, options)
 
 
-def run(method: str, model: Any, batch: int, prompt: int, inner: str, steps: int) -> Figures:
-    """One method in one case. `inner`: "inductor" or "eager", for the decode step of dense and ours."""
-    device, timer = model.device, Timer(model.device)
-    gc.collect()
-    timer.peak()
-    decoder = decoder_of(method, model, batch, prompt, inner, steps)
-    generator = torch.Generator(device).manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (batch, prompt), device=device, generator=generator)
+def prompts_of(model: Any, batch: int, length: int) -> torch.Tensor:
+    """Random tokens, the same for every method."""
+    generator = torch.Generator(model.device).manual_seed(0)
+    return torch.randint(0, model.config.vocab_size, (batch, length), device=model.device, generator=generator)
+
+
+def read(decoder: Decoder, ids: torch.Tensor, settings: Settings, timer: Timer, last: bool = True) -> list[float]:
+    """Milliseconds per row of reading `ids`, whose other rows are copies where `settings` say so."""
+    batch, length = ids.shape
+    decoder.begin(length)
+    if decoder.whole:
+        times = [t / batch for t in timer(lambda: decoder.prefill(0, ids), 1)]
+    else:
+        count = min(batch, settings.rows or batch)
+        starts = iter(range(count))
+        times = timer(lambda: decoder.prefill(row := next(starts), ids[row : row + 1]), count)
+        for row in range(count, batch):
+            decoder.copy_row(count - 1, row)
+    decoder.ready(last)
+    return times
+
+
+def run(method: str, model: Any, case: Case, settings: Settings) -> Iterator[Figures]:
+    """One method in one case: figures for each prompt length, shortest first."""
+    device, timer, batch = model.device, Timer(model.device), case.batch
+    lengths = sorted(case.prompts)
     begun = time.perf_counter()
-    if not isinstance(decoder, Eager):  # compiles; its result is overwritten
-        decoder.prefill(0, ids[:1])
-    preparation = time.perf_counter() - begun
-    rows = batch if decoder.whole else 1
-    starts = iter(range(0, batch, rows))
-    first = timer(lambda: decoder.prefill(row := next(starts), ids[row : row + rows]), batch // rows)
-    prefill_peak = timer.peak()
-    begun = time.perf_counter()
-    decoder.step()
-    step = decoder.step if isinstance(decoder, Eager) else captured(decoder.step, device)
-    preparation += time.perf_counter() - begun
-    timer.peak()
-    times = timer(step, steps)
-    times.sort()
-    return Figures(
-        method, batch, prompt, min(first) / rows, statistics.median(times), times[math.ceil(0.99 * len(times)) - 1],
-        prefill_peak, timer.peak(), decoder.bytes(), preparation,
-    )  # fmt: skip
+    decoder = decoder_of(method, model, batch, lengths[-1], settings)
+    warm_up = min(lengths[0], WARM_UP)
+    decoder.begin(warm_up)
+    decoder.prefill(0, prompts_of(model, batch if decoder.whole else 1, warm_up))
+    timer.wait()
+    preparation, step = time.perf_counter() - begun, None
+    for length in lengths:
+        timer.peak()
+        first = read(decoder, prompts_of(model, batch, length), settings, timer, length == lengths[-1])
+        prefill_peak = timer.peak()
+        begun = time.perf_counter()
+        if step is None or decoder.recaptured or not decoder.captures:
+            decoder.step()
+            step = captured(decoder.step, device) if decoder.captures else decoder.step
+            timer.wait()
+            preparation += time.perf_counter() - begun
+        timer.peak()
+        times = sorted(timer(step, settings.steps))
+        decode_peak, host = timer.peak(), timer.host(step, 8)
+        per_token = statistics.median(times)
+        floor = (decoded_weights(model) + decoder.bytes()) / settings.bandwidth if settings.bandwidth else 0.0
+        yield Figures(
+            method=method, batch=batch, prompt=length, first_token=min(first), per_token=per_token,
+            per_token_p99=times[math.ceil(0.99 * len(times)) - 1], decode_rate=1e3 * batch / per_token,
+            total_rate=1e3 * batch * (length + settings.steps) / (statistics.mean(first) * batch + sum(times)),
+            steps=settings.steps, host=host, prefill_peak=prefill_peak, decode_peak=decode_peak,
+            cache_bytes=decoder.bytes(), capacity=lengths[-1], rows_read=min(batch, settings.rows or batch),
+            roofline=1e3 * floor / per_token, preparation=preparation,
+        )  # fmt: skip
+        preparation = 0.0
 
 
-def parse_cases(text: str) -> list[tuple[int, int]]:
-    """(batch, prompt tokens) of each part of "1x128k,16x32768".
+def parse_cases(text: str) -> list[Case]:
+    """Of each part of "1x128k,16x32768,1x1k+2k+4k": batch x prompt tokens; lengths with + share a cache.
 
     Raises:
         ValueError: anything else.
     """
     parts = text.lower().split(",")
     for part in parts:
-        if not re.fullmatch(r"\s*[1-9]\d*x[1-9]\d*[km]?\s*", part):
-            raise ValueError(f"{part!r}: must be batch x prompt tokens, as in 16x32768 or 1x128k")
-    return [(int(batch), parse_tokens(prompt)) for batch, _, prompt in (part.partition("x") for part in parts)]
+        if not re.fullmatch(r"\s*[1-9]\d*x[1-9]\d*[km]?(\+[1-9]\d*[km]?)*\s*", part):
+            raise ValueError(f"{part!r}: must be batch x prompt tokens, as in 16x32768, 1x128k or 1x1k+2k+4k")
+    split = (part.partition("x") for part in parts)
+    return [Case(int(batch), [parse_tokens(p) for p in prompts.split("+")]) for batch, _, prompts in split]
 
 
-def run_cases(
-    model: Any, cases: list[tuple[int, int]], methods: list[str], inner: str, steps: int, minutes: float
-) -> Iterator[Figures | str]:
-    """The figures of each case and method, in this order, or what to say where it does not fit.
+def release() -> None:
+    """Forget what was compiled, and give back memory that nothing holds."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
-    Args:
-        cases: (batch, prompt tokens).
-        minutes: nothing new is started after so long.
-    """
+
+def reason(error: Exception) -> str:
+    """One line of what went wrong."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+
+
+def run_cases(model: Any, cases: list[Case], methods: list[str], settings: Settings) -> Iterator[Figures | Failed]:
+    """The figures of each case, method and prompt length, in this order, or why there are none; the run goes on."""
     begun = time.monotonic()
-    for batch, prompt in cases:
+    for case in cases:
         for method in methods:
-            if time.monotonic() - begun > 60 * minutes:
+            if time.monotonic() - begun > 60 * settings.minutes:
                 return
-            result: Figures | str = f"{batch}x{prompt} {method}: out of memory"
-            with suppress(torch.OutOfMemoryError), torch.no_grad():
-                result = run(method, model, batch, prompt, inner, steps)
-            torch.compiler.reset()
-            yield result
+            remaining = sorted(case.prompts)
+            try:
+                with torch.no_grad():
+                    for figures in run(method, model, case, settings):
+                        remaining.remove(figures.prompt)
+                        yield figures
+            except Exception as error:  # whatever another package raises is that method's result
+                for prompt in remaining:
+                    yield Failed(method, case.batch, prompt, reason(error))
+            release()
 
 
-def bench_table(results: list[Figures], head: str) -> Table:
+def baseline(result: Figures, results: list[Figures | Failed]) -> Figures | None:
+    """The dense decoder of the same case."""
+    found = (r for r in results if isinstance(r, Figures) and r.method == DENSE)
+    return next((r for r in found if (r.batch, r.prompt) == (result.batch, result.prompt)), None)
+
+
+def break_even(results: list[Figures | Failed], method: str) -> str:
+    """From which prompt on, of those measured at batch 1, a method is no slower per token than the dense decoder."""
+    rows = [r for r in results if isinstance(r, Figures) and r.method == method and r.batch == 1]
+    pairs = sorted((r.prompt, baseline(r, results)) for r in rows if baseline(r, results))
+    slower = [p for (p, dense), r in zip(pairs, sorted(rows, key=lambda r: r.prompt), strict=False)
+              if r.per_token > dense.per_token]  # fmt: skip
+    lengths = [p for p, _ in pairs]
+    if not slower:
+        return f"{method} is at least as fast per token as {DENSE} at each of {lengths} tokens"
+    later = [p for p in lengths if p > max(slower)]
+    return f"{method} breaks even between {max(slower)} and {later[0] if later else 'more'} tokens"
+
+
+def bench_table(results: list[Figures | Failed], head: str) -> Table:
     """A row per case and method, beside the dense decoder of the same case."""
     shown = Table(title=f"{head}; in brackets: against {DENSE}")
-    times, memory = ("first token ms", "ms / token", "p99", "tokens / s"), ("prefill GiB", "decode GiB", "cache GiB")
-    for name in ("case", "method", *times, *memory):
+    times = ("first token ms", "ms / token", "p99", "host ms", "of roofline", "decode tok/s", "total tok/s")
+    for name in ("case", "method", *times, "prefill GiB", "decode GiB", "cache GiB"):
         shown.add_column(name, justify="right")
     for r in results:
-        dense = next((d for d in results if d.method == DENSE and (d.batch, d.prompt) == (r.batch, r.prompt)), None)
+        if isinstance(r, Failed):
+            shown.add_row(f"{r.batch}x{r.prompt}", r.method, r.failed)
+            continue
+        dense = baseline(r, results)
 
-        def cell(value: float, base: float | None, digits: int = 2) -> str:
-            return f"{value:.{digits}f}" + (f" ({value / base:.2f}x)" if base else "")
+        def cell(name: str, digits: int = 2, unit: float = 1, dense: Any = dense, r: Any = r) -> str:
+            value, base = getattr(r, name), dense and getattr(dense, name)
+            return f"{value / unit:.{digits}f}" + (f" ({value / base:.2f}x)" if base else "")
 
-        measured = "prefill_peak", "decode_peak", "cache_bytes"
-        gib = [(getattr(r, name) / 2**30, dense and getattr(dense, name) / 2**30) for name in measured]
-        rate = 1e3 * r.batch / r.per_token
         shown.add_row(
-            f"{r.batch}x{r.prompt}", r.method, cell(r.first_token, dense and dense.first_token, 0),
-            cell(r.per_token, dense and dense.per_token), f"{r.per_token_p99:.2f}",
-            cell(rate, dense and 1e3 * dense.batch / dense.per_token, 1), *(cell(*pair) for pair in gib),
+            f"{r.batch}x{r.prompt}", r.method, cell("first_token", 0), cell("per_token"), f"{r.per_token_p99:.2f}",
+            f"{r.host:.2f}", f"{r.roofline:.2f}" if r.roofline else "", cell("decode_rate", 1), cell("total_rate", 0),
+            *(cell(name, 2, 2**30) for name in ("prefill_peak", "decode_peak", "cache_bytes")),
         )  # fmt: skip
+    short = {r.method for r in results if isinstance(r, Figures) and r.batch == 1 and baseline(r, results)} - {DENSE}
+    shown.caption = "\n".join(break_even(results, method) for method in sorted(short))
     return shown
+
+
+def rows_of(results: list[Figures | Failed]) -> list[dict[str, Any]]:
+    """What `--json` writes."""
+    return [asdict(r) for r in results]
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time per token over the prompt at batch 1, and bars of each batch: `rows` of the JSON file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if "failed" not in row]
+    cases = sorted({(row["batch"], row["prompt"]) for row in rows})
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    panels = [("per_token", 1, "ms per token"), ("first_token", 1e3, "s to the first token of a row"),
+              ("decode_peak", 2**30, "GiB, most in decode"), ("cache_bytes", 2**30, "GiB of cache")]  # fmt: skip
+    figure, axes = plt.subplots(2, 2, figsize=(max(9, 1.1 * len(cases) * len(methods) ** 0.5), 7))
+    for axis, (name, unit, label) in zip(axes.flat, panels, strict=True):
+        for i, method in enumerate(methods):
+            found = {(row["batch"], row["prompt"]): row[name] / unit for row in rows if row["method"] == method}
+            places = [j + (i - (len(methods) - 1) / 2) * 0.8 / len(methods) for j, case in enumerate(cases) if case in found]
+            axis.bar(places, [found[case] for case in cases if case in found], 0.8 / len(methods), label=method)
+        axis.set_xticks(range(len(cases)), [f"{b}x{p // 1024}K" if p >= 1024 else f"{b}x{p}" for b, p in cases], fontsize=8)
+        axis.set_yscale("log")
+        axis.set_title(label, fontsize=10, loc="left")
+    axes[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -16,7 +16,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .bench import DENSE, QUANTO, TRANSFORMERS, bench_table, check_method, check_model, parse_cases, run_cases
+from . import bench as benchmark
+from .bench import DENSE, DYNAMIC, QUANTO, STATIC, TRANSFORMERS, check_method, check_model, parse_cases
 from .config import PRESETS, ConfigError
 from .evaluate import PLACES, TEXT, Group, make_group, record_groups, run_methods
 from .longbench import METRICS, TEMPLATE, load_records
@@ -31,8 +32,9 @@ from .tasks import FACT_TASKS, TASKS
 METHODS = f'"{FULL}" (the dense cache) or a preset ({", ".join(PRESETS)}), changed or not: "default:group=32:bits=4"'
 MODELS = f"A named shape ({', '.join(SHAPES)}), or path or name of a Hugging Face causal LM."
 DECODERS = (
-    f'Comma-separated: "{DENSE}" (the fastest in plain PyTorch), "{TRANSFORMERS}" (as it is), "{QUANTO}" (its '
-    f"QuantizedCache, 2 bits), or a preset ({', '.join(PRESETS)}), changed or not."
+    f'Comma-separated: "{DENSE}" (the fastest in plain PyTorch), "{TRANSFORMERS}" (as it is), "{STATIC}" (its StaticCache '
+    f'under torch.compile), "{QUANTO}" (its QuantizedCache, 2 bits), "kvpress-snapkv:kept=0.2" or "kvpress-pyramidkv", or '
+    f"a preset ({', '.join(PRESETS)}), changed or not, on a MiniKVCache, or with {DYNAMIC} at its end on a DynamicCache."
 )
 REPLY = 512
 """Tokens of the longest reply that a data set asks for."""
@@ -207,41 +209,55 @@ def _parsed(parse: Callable, *args: Any, option: str, **kwargs: Any) -> Any:
 @app.command()
 def bench(
     model: Annotated[str, typer.Option(help=MODELS)] = "llama-3.1-8b",
-    cases: Annotated[str, typer.Option(help="Batch x prompt tokens, several with commas.")] = "1x128k,16x32k",
+    cases: Annotated[
+        str, typer.Option(help="Batch x prompt tokens, several with commas; lengths joined by + share one cache.")
+    ] = "1x128k,16x32k",
     methods: Annotated[str, typer.Option(help=DECODERS)] = f"{DENSE},{TRANSFORMERS},default,minikv",
     layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than a named shape has.")] = None,
     inner: Annotated[
-        Literal["inductor", "eager"], typer.Option(help="Compiler of the decode step, of dense and ours.")
+        Literal["inductor", "eager"], typer.Option(help="Compiler of the decode step, where a method has one.")
     ] = "inductor",
     steps: Annotated[int, typer.Option(min=1, help="Decode steps that are timed.")] = 64,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows of a batch that are read; the others are copies.", show_default="all")
+    ] = None,
+    tuned: Annotated[
+        bool, typer.Option("--tuned", help="Let Inductor write and tune the matrix-vector products of one row.")
+    ] = False,
     device: Device = "auto",
     minutes: Annotated[
         float, typer.Option(help="Start nothing new after so long.", show_default="no limit")
     ] = float("inf"),
     json_file: Json = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the figures here (needs matplotlib).", callback=_in_a_folder)] = None,
 ) -> None:
     """Time prefill and decode of a whole model in bf16, and its memory, with each method."""
     chosen, tried = split_methods(methods), _parsed(parse_cases, cases, option="--cases")
     for method in chosen:
         try:
             check_method(method)
-        except (ConfigError, ImportError) as error:
+        except (ConfigError, ImportError, ValueError) as error:
             raise typer.BadParameter(str(error), param_hint="--methods") from None
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     lm = _parsed(load_model, model, layers, place, torch.bfloat16, option="--model")
     _parsed(check_model, lm, chosen, option="--methods")
     count = lm.config.get_text_config().num_hidden_layers
-    about = {**provenance(place), "shape": model, "layers": count, "weight_bytes": weight_bytes(lm)}
+    bandwidth = benchmark.copy_bandwidth(place, 2**30 if place.type == "cuda" else 2**26)
+    settings = benchmark.Settings(inner, steps, rows, minutes, tuned, bandwidth)
+    about = {
+        **provenance(place), "shape": model, "layers": count, "weight_bytes": weight_bytes(lm), "tuned": tuned,
+        "copy_bandwidth": bandwidth,
+    }  # fmt: skip
     results = []
-    for result in run_cases(lm, tried, chosen, inner, steps, minutes):
-        print(result if isinstance(result, str) else json.dumps(asdict(result)), flush=True)
-        if isinstance(result, str):
-            continue
+    for result in benchmark.run_cases(lm, tried, chosen, settings):
+        print(json.dumps(asdict(result)), flush=True)
         results.append(result)
         if json_file is not None:  # after each: a run that is killed leaves what it has
-            json_file.write_text(json.dumps({**about, "results": [asdict(r) for r in results]}, indent=1) + "\n")
+            json_file.write_text(json.dumps({**about, "results": benchmark.rows_of(results)}, indent=1) + "\n")
     weights = "random weights" if model in SHAPES else "its weights"
-    console.print(bench_table(results, f"{title(model)}, {count} layers, bf16, {weights}"))
+    console.print(benchmark.bench_table(results, f"{title(model)}, {count} layers, bf16, {weights}"))
+    if plot is not None:
+        benchmark.draw(benchmark.rows_of(results), plot)
 
 
 def split_methods(text: str) -> list[str]:

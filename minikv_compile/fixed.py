@@ -16,9 +16,9 @@ from torch.library import custom_op
 
 from . import compat, ops
 from .config import MiniKVConfig
-from .kernels import attend
+from .kernels import attend, room
 from .kernels.packing import BLOCK, metadata_dtype
-from .ops import IN_TIER, OFFSET, READS_HOST, ROLES, without_autocast
+from .ops import IN_TIER, OFFSET, READS_HOST, ROLES, grouping, without_autocast
 from .policy import POLICIES
 from .rotation import rotation_matrix
 
@@ -143,33 +143,51 @@ def _(k, v, scores, order, lengths, key, value, important, kept, length, padding
 @custom_op("minikv::make_room", mutates_args=("key", "value", "length"))
 @without_autocast
 def make_room(
-    key: list[Tensor], value: list[Tensor], length: Tensor, padding: Tensor, n: int, mask: Tensor | None,
+    key: list[Tensor], value: list[Tensor], length: list[Tensor], padding: Tensor, n: int, mask: Tensor | None,
     max_length: int | None, config: str,
 ) -> None:  # fmt: skip
-    """Count `n` more tokens, which `decode_attention` will append, and flush the rows that could not hold them.
+    """In every layer, count `n` more tokens, which `decode_attention` will append, and flush the rows that could not hold
+    them.
 
     Nothing on the host depends on the device: it can be captured in a CUDA graph.
 
     Args:
+        key, value: the tensors of the layers (`names`), one layer after the other; all layers' are alike. length: of each.
         n: 1, or any number where there is no tier.
-        mask: [batch or 1, 1, n, max_length], what the model's attention was to see: checked. None: checked elsewhere.
-        max_length: checked. None: checked elsewhere.
+        padding: of the first layer. mask: [batch or 1, 1, n, max_length], what its attention was to see: checked. None:
+            checked elsewhere. max_length: checked. None: checked elsewhere.
 
     Raises:
         ValueError: a token too many, or a mask that is not causal and padding. On a GPU, an assertion of the device.
     """
     settings = MiniKVConfig.from_json(config)
     if max_length is not None:
-        check_step(mask, length, padding, n, max_length)
-    for role, tensors in zip(ROLES, (key, value), strict=True):
-        _flush_full(tensors, n, role, settings)
-        tensors[STATE][:, OFFSET] -= n
-    length += n
+        check_step(mask, length[0], padding, n, max_length)
+    keys, values = (list(zip(*[iter(held)] * len(names(settings)), strict=True)) for held in (key, value))
+    if not keys[0][DENSE].is_cuda or settings.bits == 16:
+        for tensors in zip(keys, values, length, strict=True):
+            make_room_reference(*tensors, n, settings)
+        return
+    dim = keys[0][DENSE].shape[-1]
+    groups, axes = zip(*(grouping(settings, role, dim) for role in ROLES), strict=True)
+    rotation = rotation_matrix(settings.rotation, dim, key[0].device)
+    torch._foreach_add_(length, n)
+    room.make_room(
+        keys, values, n, settings.pinned, settings.window, settings.bits, groups, axes, rotation, settings.clip
+    )
 
 
 @make_room.register_fake
 def _(key, value, length, padding, n, mask, max_length, config):
     return None
+
+
+def make_room_reference(key: list[Tensor], value: list[Tensor], length: Tensor, n: int, config: MiniKVConfig) -> None:
+    """`make_room` in one layer, in plain PyTorch."""
+    for role, tensors in zip(ROLES, (key, value), strict=True):
+        _flush_full(tensors, n, role, config)
+        tensors[STATE][:, OFFSET] -= n
+    length += n
 
 
 def _flush_full(tensors: list[Tensor], n: int, role: str, config: MiniKVConfig) -> None:

@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from .. import ops
 from ..config import MiniKVConfig
-from ..fixed import DENSE, STATE
+from ..fixed import DENSE, STATE, check_step
 from ..ops import ROLES
 from .graph import erase_dead, example, is_getitem, same, shape
 from .masks import read_mask
@@ -153,6 +153,32 @@ def _read_outside(rewriter: Rewriter, mask: Node) -> Node:
     return node
 
 
+def _only_before(node: Node, there: Node, call: Node) -> bool:
+    """Whether an input of the graph is read by nothing from `there` on but `call`, so that it can be written there."""
+    return node.op == "placeholder" and all(user is call or user < there for user in node.users)
+
+
+def _make_room(rewriter: Rewriter, site: Site, call: Node, mask: Node | None, limit: int | None) -> None:
+    """Room for the new token of `call`: in one op with that of other layers which are alike."""
+    graph = rewriter.graph
+    _, _, key, value, _, _, length, padding, _, text = call.args
+    alike = text, *((str(list(shape(x))), example(x).dtype, example(x).device) for x in (*key, *value))  # or symbols
+    there = rewriter.rooms.get(alike)
+    given = (*key, *value, length)
+    if mask is None and there is not None and all(_only_before(node, there, call) for node in given):
+        keys, values, lengths, *rest = there.args
+        there.args = ([*keys, *key], [*values, *value], [*lengths, length], *rest)
+        return
+    with graph.inserting_before(site.node):
+        if mask is not None and rewriter.fused and example(mask).device.type != "cpu":
+            # Inductor fuses it with what makes the mask. (A CPU raises at once, which no graph can.)
+            graph.call_function(check_step, (mask, length, padding, 1, limit))
+            mask = limit = None
+        rewriter.rooms[alike] = graph.call_function(
+            minikv.make_room.default, (key, value, [length], padding, 1, mask, limit, text)
+        )
+
+
 def decode(rewriter: Rewriter, site: Site, call: Node, mask: Node | None, place: int, count: int) -> None:
     """Replace a later attention, whose new tokens `call` (`minikv::update`) is to store; `mask` None: nothing is checked."""
     graph, config = rewriter.graph, rewriter.config
@@ -160,8 +186,8 @@ def decode(rewriter: Rewriter, site: Site, call: Node, mask: Node | None, place:
     limit = None if mask is None else max_length
     new = shape(k)[SEQ]
     if same(new, 1):
+        _make_room(rewriter, site, call, mask, limit)
         with graph.inserting_before(site.node):
-            graph.call_function(minikv.make_room.default, (key, value, length, padding, 1, mask, limit, text))
             # A CPU has no kernel of ours: Inductor makes one of the op's plain PyTorch.
             in_graph = rewriter.fused and example(site.query).device.type == "cpu"
             out = graph.call_function(

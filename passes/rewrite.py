@@ -119,6 +119,7 @@ class Rewriter:
         self.kept = {node for node in self.result.outputs if isinstance(node, Node)}
         self._fields: dict[tuple[Node, str], Node] = {}
         self.checked: frozenset[Node | None] = frozenset([None])
+        self.rooms: dict[Any, Node] = {}  # the ops that make room in a `MiniKVCache`, by what layers that share one have alike
         self._rows: dict[Node, tuple[Node, ...]] = {}
 
     def run(self) -> Rewritten:

@@ -6,12 +6,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from minikv_compile import bench
+from minikv_compile import bench, presses
 from minikv_compile.cli import app
 from minikv_compile.plan import Planner
 from minikv_compile.shapes import load_config, random_model
 
-ALL = "dense,transformers,default,minikv:heavy=0.25:recent=0.25"
+from .helpers import captured
+
+ALL = "dense,transformers,static,default,minikv:heavy=0.25:recent=0.25,default@dynamic"
 
 
 def run(*arguments):
@@ -32,56 +34,121 @@ def test_the_command(tmp_path):
     ]
     for row in rows:
         assert 0 < row["per_token"] <= row["per_token_p99"] and row["first_token"] > 0 and row["preparation"] > 0
+        assert row["decode_rate"] == pytest.approx(1e3 * row["batch"] / row["per_token"]) and row["host"] > 0
+        assert 0 < row["total_rate"] and 0 < row["roofline"]
     meta = random_model(load_config("tiny", 1), "meta", torch.bfloat16)
     for row in rows:
         if row["method"] == "default":  # as `minikv plan` says, with room for the steps
-            assert row["cache_bytes"] == Planner(meta, "default", new_tokens=3 + 8).cache_bytes(
+            assert row["cache_bytes"] == Planner(meta, "default", new_tokens=3 + 24).cache_bytes(
                 row["batch"], row["prompt"]
             )
 
 
-@torch.no_grad()
-def test_dense_and_transformers_decode_the_same_token():
+def small(dtype=torch.float32, layers=2):
     torch.manual_seed(0)
-    model = random_model(load_config("tiny"), "cpu", torch.float32)
-    ids, tokens = torch.randint(512, (2, 40)), []
-    for method in ("dense", "transformers"):
-        decoder = bench.decoder_of(method, model, 2, 40, "eager", 2)
-        for row in range(2):
-            decoder.prefill(row, ids[row : row + 1])
+    return random_model(load_config("tiny", layers), "cpu", dtype)
+
+
+EAGER = bench.Settings("eager", steps=2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [None, 1])
+def test_all_decode_the_same_token(rows):
+    """Each of its kind of cache, with rows that are read or copies."""
+    model, tokens = small(), []
+    settings = bench.Settings("eager", steps=2, rows=rows)
+    ids = bench.prompts_of(model, 2, 40)
+    for method in ("dense", "transformers", "static", "lossless", "lossless@dynamic"):
+        decoder = bench.decoder_of(method, model, 2, 60, settings)
+        bench.read(decoder, ids if rows is None else ids[:1].repeat(2, 1), settings, bench.Timer(model.device))
+        first = decoder.ids.clone()
         decoder.step()
-        tokens.append(decoder.ids)
-    assert torch.equal(*tokens)
+        tokens.append(torch.cat([first, decoder.ids], 1))
+    for others in tokens[1:]:
+        assert torch.equal(others, tokens[0])
 
 
-def test_no_memory_is_said_and_the_rest_runs(monkeypatch):
+def test_lengths_that_share_a_cache(tmp_path):
+    out, plot = tmp_path / "bench.json", tmp_path / "bench.png"
+    result = run(
+        "--cases", "1x300+200", "--methods", "dense,default", "--steps", 2, "--layers", 1, "--json", out, "--plot", plot
+    )
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())["results"]
+    assert [(r["method"], r["prompt"], r["capacity"]) for r in rows] == [
+        (method, prompt, 300) for method in ("dense", "default") for prompt in (200, 300)
+    ]
+    assert rows[2]["cache_bytes"] == rows[3]["cache_bytes"] and rows[3]["preparation"] == 0 and plot.exists()
+    assert "default breaks even" in result.output or "default is at least as fast" in result.output
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["default", "minikv", "default@dynamic"])
+def test_a_short_prompt_compiles_for_long_ones(method):
+    """Nothing is compiled while a prompt's time is taken."""
+    decoder = bench.decoder_of(method, small(layers=1), 1, 900, EAGER)
+    for length in (300, 900):
+        decoder.begin(length)
+        decoder.prefill(0, bench.prompts_of(decoder.model, 1, length))
+    assert captured()[0] == 1
+
+
+def test_what_fails_is_a_row_that_says_why(monkeypatch):
     real = bench.run
 
-    def out_of_memory(method, *args):
+    def failing(method, *args):
         if method == "dense":
             raise torch.OutOfMemoryError
+        if method == "static":
+            raise TypeError("no such thing\nat all")
         return real(method, *args)
 
-    monkeypatch.setattr(bench, "run", out_of_memory)
-    model = random_model(load_config("tiny", 1), "cpu")
-    cases = [(1, 30)], ["dense", "transformers"], "eager", 1
-    said, figures = bench.run_cases(model, *cases, float("inf"))
-    assert said == "1x30 dense: out of memory" and figures.method == "transformers"
-    assert list(bench.run_cases(model, *cases, 0.0)) == []
+    monkeypatch.setattr(bench, "run", failing)
+    model, cases = small(layers=1), [bench.Case(1, [30])]
+    found = list(bench.run_cases(model, cases, ["dense", "static", "transformers"], EAGER))
+    assert [getattr(row, "failed", "") for row in found] == ["out of memory", "TypeError: no such thing", ""]
+    assert list(bench.run_cases(model, cases, ["dense"], bench.Settings(minutes=0.0))) == []
+    assert "out of memory" in [*bench.bench_table(found, "").columns[2].cells]
 
 
 @torch.no_grad()
 def test_quanto():
     pytest.importorskip("optimum.quanto")
-    model = random_model(load_config("tiny"), "cpu", torch.float32)
-    figures = bench.run("quanto", model, 2, 512, "eager", 2)
+    (figures,) = bench.run("quanto", small(), bench.Case(2, [512]), EAGER)
     dense = 2 * 2 * 2 * 2 * 512 * 32 * 4  # layers, keys and values, rows, heads
     assert 1 / 16 < figures.cache_bytes / dense < 0.25
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("method", list(presses.PRESSES))
+def test_kvpress_keeps_its_share(method):
+    pytest.importorskip("kvpress")
+    (figures,) = bench.run(f"{method}:kept=0.25", small(), bench.Case(2, [512]), EAGER)
+    dense = 2 * 2 * 2 * 2 * 512 * 32 * 4
+    assert figures.cache_bytes / dense == pytest.approx(0.25, rel=0.15)
+
+
+def test_a_share_of_kvpress():
+    assert presses.kept_share("kvpress-snapkv:kept=0.2") == 0.2 and presses.kept_share("kvpress-snapkv") == 0.5
+    for wrong in ("kvpress-snapkv:kept=2", "kvpress-snapkv:0.5", "kvpress-snapkv:kept=x"):
+        with pytest.raises(ValueError, match="kept"):
+            presses.kept_share(wrong)
+
+
+def test_break_even():
+    def row(method, prompt, per_token):
+        return bench.Figures(method, 1, prompt, 1.0, per_token, 1.0, 1.0, 1.0, 1, 1.0, 1, 1, 1, 1, 1, 1.0, 1.0)
+
+    dense = [row("dense", n, 2.0) for n in (1, 2, 4)]
+    assert "between 1 and 2" in bench.break_even([*dense, row("x", 1, 2.1), row("x", 2, 1.9), row("x", 4, 1.0)], "x")
+    assert "between 4 and more" in bench.break_even([*dense, row("x", 4, 2.5)], "x")
+    assert "at least as fast" in bench.break_even([*dense, row("x", 1, 1.5)], "x")
+
+
 @pytest.mark.parametrize(
     "option, value, word",
-    [("--cases", "4", "4"), ("--cases", "0x5", "0x5"), ("--methods", "best", "best"), ("--model", "/no/such", "such")],
+    [("--cases", "4", "4"), ("--cases", "1x4+", "1x4+"), ("--cases", "0x5", "0x5"), ("--methods", "best", "best"), ("--model", "/no/such", "such")],
 )
 def test_what_is_wrong_is_named(option, value, word):
     result = run(option, value)

@@ -650,3 +650,18 @@ def test_rows_without_a_prompt_are_read_in_order(used_before):
     for k, v in new:
         two.update(k, v)
     assert torch.equal(two.keys.dequantize()[1, :, 400:], torch.cat([k[1] for k, _ in new], 1))
+
+
+def test_layers_that_are_alike_make_room_together():
+    """In one op a step, which checks the mask too; those of another shape in one of their own."""
+    ops = []
+
+    def inner(module, inputs):
+        ops.append([node for node in module.graph.nodes if node.target is minikv.make_room.default])
+        return module
+
+    model = tiny(layers=3)
+    compiled(model, MiniKVBackend(MiniKVConfig(), inner))
+    steps(model, prompt(310), 300, MiniKVCache(model, 400))
+    assert [len(found) for found in ops] == [0, 1]
+    assert len(ops[1][0].args[2]) == 3 and ops[1][0].args[5] is not None

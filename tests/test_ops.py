@@ -132,7 +132,7 @@ def test_opcheck_update(preset):
 def test_opcheck_make_room(preset):
     layer, config, *_ = fixed_layer(preset)
     mask = (torch.arange(400) <= 300)[None, None, None]
-    opcheck(minikv.make_room, layer.key, layer.value, layer.length, layer.padding, 1, mask, 400, config)
+    opcheck(minikv.make_room, layer.key, layer.value, [layer.length], layer.padding, 1, mask, 400, config)
 
 
 @pytest.mark.parametrize("preset", ["lossless", "default"])

@@ -1,0 +1,160 @@
+"""Room for the next tokens in all layers of a cache of fixed capacity, in three launches a step.
+
+A step in which no row is full, and that is nearly every one, should cost nothing: what grows with the number of layers
+is not launches but programs that end at once. So the kernels take the addresses of all layers' tensors from a table in
+device memory. The first counts and plans (`_count_kernel`), and two more, for keys and for values, quantize what leaves a
+full row's dense region and move up what is left of it (`_flush_kernel`), as `compress` and `flush` do for one layer.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .compress import _launches, _signs, pack_block
+from .flush import PART, leaving, move_head_up
+from .jit import dot_precision, operand_dtype
+from .packing import BLOCK, WORD_BITS, GroupAxis
+from .tuning import compress_tuning
+
+FIELDS = 5
+"""Columns of a table: the addresses of codes, scale, zero, dense and state. A row per layer's keys, then per layer's
+values."""
+
+_tables: dict[tuple[int, ...], Tensor] = {}
+"""Tables by the addresses in them. A captured graph reads its table for as long as it is replayed, so a table lives as
+long as the first of the storages whose addresses it holds."""
+
+
+def table_of(keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]]) -> Tensor:
+    """int64, on the device: the addresses of these tensors.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, and no step ran before with these tensors.
+    """
+    name = tuple(t.data_ptr() for tensors in (*keys, *values) for t in tensors)
+    if name in _tables:
+        return _tables[name]
+    state = keys[0][-1]
+    if state.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("Run one decode step on this MiniKVCache before a step is captured in a CUDA graph.")
+    table = torch.tensor(name, dtype=torch.int64, device=state.device)
+    _tables[name] = table
+    weakref.finalize(state.untyped_storage(), _tables.pop, name, None)
+    return table
+
+
+@triton.jit(do_not_specialize=["n", "batch"])
+def _count_kernel(
+    TABLE, PLAN, SEEN, n, capacity, pinned, window, blocks, batch,
+    FIELDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: ROWS rows of one layer's keys or values. It counts `n` more tokens, and what will leave, in the state.
+
+    PLAN int32 [2 * layers, 3, batch]: as of `flush.plan`. SEEN int32 [2 * layers, batch, capacity]: zeros where a row
+    flushes.
+    """
+    layer = tl.program_id(0)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    real = row < batch
+    state = tl.load(TABLE + layer * FIELDS + FIELDS - 1).to(tl.pointer_type(tl.int32)) + row * 3
+    in_dense = -tl.load(state, mask=real, other=0)
+    in_tier = tl.load(state + 2, mask=real, other=0)
+    gone = leaving(in_dense, n, capacity, pinned, window, blocks, BLOCK)
+    plan = PLAN + layer * 3 * batch + row
+    tl.store(plan, gone, mask=real)
+    tl.store(plan + batch, in_tier // BLOCK, mask=real)
+    tl.store(plan + 2 * batch, in_dense, mask=real)
+    tl.store(state, gone - in_dense - n, mask=real)
+    tl.store(state + 2, in_tier + gone, mask=real)
+    if tl.max(gone, 0) > 0:
+        seen = SEEN + (layer * batch + row) * capacity
+        for first in range(0, capacity, BLOCK):
+            slot = first + tl.arange(0, BLOCK)
+            mask = (real & (gone > 0))[:, None] & (slot < capacity)[None, :]
+            tl.store(seen[:, None] + slot[None, :], tl.zeros([ROWS, BLOCK], tl.int32), mask=mask)
+
+
+@triton.jit(do_not_specialize=["batch", "first_layer", "capacity", "blocks"])
+def _flush_kernel(
+    TABLE, PLAN, SEEN, SIGNS, SIZES, batch, first_layer, pinned, capacity, blocks, inset,
+    FIELDS: tl.constexpr, VALUE: tl.constexpr, META: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, CHUNKS: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    TOKEN_AXIS: tl.constexpr, KEY_LAYOUT: tl.constexpr, ROTATE: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
+    SLICES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """One program: one head of one row of one layer. `blocks`: capacity of the tiers. CHUNKS: (first channel, channels)."""
+    layer = first_layer + tl.program_id(0) // HEADS
+    head = tl.program_id(0) % HEADS
+    row = tl.program_id(1).to(tl.int64)
+    plan = PLAN + layer * 3 * batch + row
+    gone = tl.load(plan)
+    if gone > 0:
+        fields = TABLE + layer * FIELDS
+        codes = tl.load(fields).to(tl.pointer_type(tl.int16))
+        scale = tl.load(fields + 1).to(tl.pointer_type(META))
+        zero = tl.load(fields + 2).to(tl.pointer_type(META))
+        dense = tl.load(fields + 3).to(tl.pointer_type(VALUE))
+        state = tl.load(fields + 4).to(tl.pointer_type(tl.int32))
+        first_block = tl.load(plan + batch)
+        for source in range(0, gone // BLOCK):
+            filled = source >= 0
+            written = first_block + source < blocks
+            for i in tl.static_range(len(CHUNKS)):
+                pack_block(
+                    dense, dense, SIGNS, SIZES, codes, scale, zero, SEEN + layer * batch * capacity, state + 1, source,
+                    first_block + source, head, CHUNKS[i][0], row, filled, written, HEADS * capacity * D, capacity * D, D,
+                    3, capacity, pinned, 0, blocks, inset, HEADS, D, DP, CHUNKS[i][1], STEP, BITS, GROUP, TOKEN_AXIS,
+                    KEY_LAYOUT, False, ROTATE, True, LIMIT, BLOCK, SLICES, OPERAND, PRECISION,
+                )  # fmt: skip
+        tl.debug_barrier()  # nothing moves before all threads have read
+        base = dense + (row * HEADS + head) * capacity * D
+        move_head_up(base, gone, tl.load(plan + 2 * batch), pinned, D, DP, BLOCK, PART)
+
+
+def make_room(
+    keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]], n: int, pinned: int, window: int, bits: int,
+    groups: tuple[int, int], axes: tuple[GroupAxis, GroupAxis], rotation: Tensor | None, clip: float,
+) -> None:  # fmt: skip
+    """Count `n` more tokens in the states of every layer, and flush the rows that could not hold them, in place.
+
+    Args:
+        keys, values: codes, scale, zero, dense, state of each layer, contiguous and alike, the offset in a state minus the
+            tokens of its dense region.
+        groups, axes: of the keys and of the values.
+    """
+    dense = keys[0][3]
+    layers, (batch, heads, capacity, dim) = len(keys), dense.shape
+    table, device = table_of(keys, values), dense.device
+    plan = torch.empty(2 * layers, 3, batch, dtype=torch.int32, device=device)
+    seen = torch.empty(2 * layers, batch, capacity, dtype=torch.int32, device=device)
+    rows = min(32, triton.next_power_of_2(batch))
+    _count_kernel[2 * layers, triton.cdiv(batch, rows)](
+        table, plan, seen, n, capacity, pinned, window, (capacity - pinned - window) // BLOCK, batch,
+        FIELDS=FIELDS, ROWS=rows, BLOCK=BLOCK, num_warps=1,
+    )  # fmt: skip
+    codes, scale = keys[0][:2]
+    tuning, padded = compress_tuning(dense.element_size()), triton.next_power_of_2(dim)
+    signs, sizes = (table, table) if rotation is None else _signs(rotation, dense.dtype)
+    for i, layout in enumerate(("key", "value")):
+        chunks = tuple(
+            (first + part * channels, channels)
+            for first, channels, parts in _launches(dim, layout) for part in range(parts)
+        )  # fmt: skip
+        _flush_kernel[layers * heads, batch](
+            table, plan, seen, signs, sizes, batch, i * layers, pinned, capacity, codes.shape[2], (1 - clip) / 2,
+            FIELDS=FIELDS, VALUE=_element(dense), META=_element(scale), HEADS=heads, D=dim, DP=padded, CHUNKS=chunks,
+            STEP=min(padded, tuning.contracted), BITS=bits, GROUP=groups[i], TOKEN_AXIS=axes[i] == "token",
+            KEY_LAYOUT=layout == "key", ROTATE=rotation is not None, LIMIT=torch.finfo(scale.dtype).max, BLOCK=BLOCK,
+            SLICES=WORD_BITS // bits, OPERAND=operand_dtype(dense.dtype), PRECISION=dot_precision(dense.dtype), PART=PART,
+            num_warps=tuning.warps, num_stages=1, maxnreg=tuning.registers,
+        )  # fmt: skip
+
+
+def _element(x: Tensor) -> tl.dtype:
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[x.dtype]

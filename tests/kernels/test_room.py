@@ -1,0 +1,85 @@
+"""All layers' room at once, against one layer after the other in plain PyTorch."""
+
+import pytest
+import torch
+
+from minikv_compile import MiniKVConfig
+from minikv_compile.fixed import allocate, make_room_reference
+from minikv_compile.kernels import room
+from minikv_compile.kernels.packing import BLOCK
+from minikv_compile.ops import ROLES, grouping
+from minikv_compile.rotation import rotation_matrix
+
+
+def layers_of(config, used, dim, dtype, device):
+    """Of layers with rows of so many dense tokens each: keys, values."""
+    made = {role: [] for role in ROLES}
+    for rows in used:
+        for role in ROLES:
+            *tier, dense, state = allocate(config, role, len(rows), 2, 1000, dim, dtype, device)
+            dense.copy_(torch.randn(dense.shape, device=device))
+            state[:, 0] = -torch.tensor(rows, dtype=torch.int32, device=device)
+            state[:, 2] = torch.arange(len(rows), device=device) * BLOCK
+            made[role].append([*tier, dense, state])
+    return made.values()
+
+
+@pytest.mark.parametrize("preset", ["default", "minikv"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 80])
+def test_like_layer_by_layer(device, preset, dtype, dim):
+    config = MiniKVConfig.preset(preset)
+    full, some = config.capacity, config.capacity - 1
+    keys, values = layers_of(config, [[full, some], [some, some], [3, full]], dim, dtype, device)
+    keys[0][3][0, 1, config.pinned + 5, 3] = torch.nan
+    expected = [[[t.clone() for t in tensors] for tensors in held] for held in (keys, values)]
+    length = torch.tensor(900)
+    for layer in range(3):
+        make_room_reference(expected[0][layer], expected[1][layer], length, 1, config)
+    axes = [grouping(config, role, dim) for role in ROLES]
+    room.make_room(
+        keys, values, 1, config.pinned, config.window, config.bits, *zip(*axes, strict=True),
+        rotation_matrix(config.rotation, dim, device), config.clip,
+    )  # fmt: skip
+    assert length == 903
+    for held, wanted in zip((keys, values), expected, strict=True):
+        for tensors, others in zip(held, wanted, strict=True):
+            *tier, dense, state = tensors
+            *tier_there, dense_there, state_there = others
+            assert torch.equal(state, state_there)
+            for got, there in zip(tier[1:], tier_there[1:], strict=True):  # scales and zeros
+                torch.testing.assert_close(got.float(), there.float(), rtol=1e-2, atol=1e-3)
+            for row, left in enumerate((-state[:, 0] - 1).tolist()):
+                assert torch.equal(dense[row, :, :left].nan_to_num(), dense_there[row, :, :left].nan_to_num())
+    assert keys[0][4][0, 1] == 1 and keys[0][4][0, 2] == BLOCK
+
+
+def test_three_launches_however_many_layers(device, monkeypatch):
+    config, launched = MiniKVConfig(), []
+    for name in ("_count_kernel", "_flush_kernel"):
+        kernel = getattr(room, name)
+
+        class Counted:
+            def __init__(self, kernel):
+                self.kernel = kernel
+
+            def __getitem__(self, grid):
+                launched.append(grid)
+                return self.kernel[grid]
+
+        monkeypatch.setattr(room, name, Counted(kernel))
+    keys, values = layers_of(config, [[10, 20]] * 5, 64, torch.float32, device)
+    room.make_room(
+        keys, values, 1, config.pinned, config.window, config.bits, (config.group, config.value_group(64)),
+        ("token", "channel"), None, config.clip,
+    )  # fmt: skip
+    assert launched == [(10, 1), (10, 2), (10, 2)]
+
+
+def test_a_table_goes_with_its_storages(device):
+    keys, values = layers_of(MiniKVConfig(), [[1]], 64, torch.float32, device)
+    before = len(room._tables)
+    table = room.table_of(keys, values)
+    assert room.table_of(keys, values) is table and len(room._tables) == before + 1
+    del keys
+    assert len(room._tables) == before
