@@ -39,7 +39,7 @@ import triton.language as tl
 from provenance import provenance
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minikv_compile.kernels.attention import attend_triton, block_bytes
+from minikv_compile.kernels.attend import attend_triton, block_bytes
 from minikv_compile.kernels.compress import compress_reference, compress_triton, empty_packed
 from minikv_compile.kernels.jit import CODE_EXPONENT, code_position, codes_at
 from minikv_compile.kernels.packing import BLOCK, dequantize, unpack, value_group

@@ -21,7 +21,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 import _path  # noqa: F401
 import torch
 
-from minikv_compile.kernels.attention import attend_triton
+from minikv_compile.kernels.attend import attend_triton
 from minikv_compile.kernels.compress import compress_triton, dense_region_triton, empty_packed
 from minikv_compile.kernels.packing import BLOCK, value_group
 from minikv_compile.kernels.scores import column_scores_triton

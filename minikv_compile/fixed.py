@@ -16,7 +16,7 @@ from torch.library import custom_op
 
 from . import compat, ops
 from .config import MiniKVConfig
-from .kernels import attention
+from .kernels import attend
 from .kernels.packing import BLOCK, metadata_dtype
 from .ops import IN_TIER, OFFSET, READS_HOST, ROLES, without_autocast
 from .policy import POLICIES
@@ -238,7 +238,7 @@ def extend_attention(
     if max_length is not None:
         check_step(mask, length, padding, n, max_length)
     k_dense, v_dense = (_room(t, n, role, settings) for role, t in zip(ROLES, (key, value), strict=True))
-    out = attention.attend(
+    out = attend.attend(
         q, k, v, tuple(key[:DENSE]) or None, tuple(value[:DENSE]) or None, k_dense, v_dense, key[STATE], n, scale,
         settings.bits, settings.group, "token", settings.value_group(dim),
         rotation_matrix(settings.rotation, dim, q.device),
@@ -302,7 +302,7 @@ def update(
     for role, tensors, new in zip(ROLES, (key, value), (k, v), strict=True):
         dense = _room(tensors, n, role, settings)
         read.append(read_dense(tensors, important, kept, length, max_length, role, settings).index_copy_(2, slots, new))
-        attention.append(dense, new, tensors[STATE], n)
+        attend.append(dense, new, tensors[STATE], n)
         _settle(tensors, dense, n, role, settings)
     length += n
     return read[0], read[1]

@@ -1,7 +1,7 @@
 """Inductor's lowering of `minikv::decode_attention`: its three kernels as Triton templates, in place of the opaque op.
 
 The templates (`kernels/templates/`) call the device functions that the op launches, with the constants that it launches
-them with (`attention.launches`): there is one arithmetic. What they add is what Inductor can do with a kernel that it
+them with (`attend.launches`): there is one arithmetic. What they add is what Inductor can do with a kernel that it
 generates: launch it without the op's way through the dispatcher, measure configurations (`mode="max-autotune"`), and
 fuse what follows into the last one. Where they do not apply, the op runs.
 """
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from . import compat
 from .config import MiniKVConfig
-from .kernels import attention, jit, packing
-from .kernels.attention import BLOCK, MERGE_WARPS, Launches
+from .kernels import attend, attention, jit, merge, packing
+from .kernels.attend import BLOCK, MERGE_WARPS, Launches
 from .kernels.tuning import template_tunings
 from .rotation import rotation_matrix
 
@@ -36,7 +36,7 @@ _SOURCES = Path(attention.__file__).parent / "templates"
 @cache
 def fingerprint() -> str:
     """Of all text that a generated kernel is made of: Inductor's caches know neither templates nor what they import."""
-    files = [*sorted(_SOURCES.glob("*.jinja")), *(Path(m.__file__) for m in (attention, jit, packing)), Path(__file__)]
+    files = [*sorted(_SOURCES.glob("*.jinja")), *(Path(m.__file__) for m in (attend, attention, jit, merge, packing)), Path(__file__)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
@@ -93,9 +93,9 @@ def _decode(
     k_dense, v_dense, state, *tier = (compat.realized(x, unit_last=False) for x in (k_dense, v_dense, state, *tier))
     batch, heads, n, dim = (int(size) for size in q.get_size())
     rotate = config.rotation != "none" and bool(tier)
-    block = attention.block_bytes(dim, config.bits, config.group, config.value_group(dim)) if tier else 0
+    block = attend.block_bytes(dim, config.bits, config.group, config.value_group(dim)) if tier else 0
     variants = [
-        attention.launches(
+        attend.launches(
             batch, heads, n, dim, int(k.get_size()[1]), q.get_dtype(), bool(tier), config.bits, config.group, "token",
             config.value_group(dim), rotate, device, tuning,
         )

@@ -12,7 +12,7 @@ from torch.library import custom_op
 
 from . import compat
 from .config import MiniKVConfig
-from .kernels import attention, compress, packing, prefill, scores
+from .kernels import attend, compress, packing, prefill, scores
 from .kernels import flush as flush_kernels
 from .kernels.important import stored_order
 from .kernels.packing import BLOCK, metadata_dtype, words
@@ -294,7 +294,7 @@ def decode_attention(
     if padding is not None:
         check_padding(padding.bool(), state, length, q.shape[2], settings)
     dim = q.shape[-1]
-    return attention.attend(
+    return attend.attend(
         q, k, v, tuple(k_tier) or None, tuple(v_tier) or None, k_dense, v_dense, state, length + k.shape[2], scale,
         settings.bits, settings.group, "token", settings.value_group(dim),
         rotation_matrix(settings.rotation, dim, q.device),
@@ -337,9 +337,9 @@ def decode_attention_in_graph(
     """
     settings = MiniKVConfig.from_json(config)
     length = length + k.shape[2]
-    attention.append(k_dense, k, state, length)
-    attention.append(v_dense, v, state, length)
-    return attention.attend_reference(
+    attend.append(k_dense, k, state, length)
+    attend.append(v_dense, v, state, length)
+    return attend.attend_reference(
         q, tuple(k_tier) or None, tuple(v_tier) or None, k_dense, v_dense, state, length, scale, settings.bits,
         settings.group, "token", settings.value_group(q.shape[-1]), rotation,
     )  # fmt: skip

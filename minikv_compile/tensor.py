@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import compat, ops
 from .config import MiniKVConfig
-from .kernels.attention import append
+from .kernels.attend import append
 from .kernels.packing import BLOCK
 from .ops import IN_TIER, NOT_FINITE, OFFSET, dense_capacity, grouping
 from .packed import DenseOnUse, PackedInt

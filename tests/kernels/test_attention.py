@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minikv_compile.kernels.attention import attend, attend_triton
+from minikv_compile.kernels.attend import attend, attend_triton
 from minikv_compile.kernels.compress import compress_reference
 from minikv_compile.kernels.packing import BLOCK, value_group
 from minikv_compile.kernels.tuning import AttendTuning

@@ -1,0 +1,273 @@
+"""Attention of new tokens over a compressed past: packed tier + dense region, one softmax."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from .attention import _prepare_kernel, _split_kernel
+from .jit import check_dtype, check_head_dim, dot_precision, operand_dtype, unit_last
+from .merge import _merge_kernel
+from .packing import BLOCK, WORD_BITS, GroupAxis, dequantize, unpack, value_chunks, words
+from .tuning import AttendTuning, attend_tuning, merge_tuning
+
+
+
+def append(dense: Tensor, new: Tensor, state: Tensor, length: int) -> None:
+    """Write `new` [batch, kv_heads, n, head_dim] into `dense` [batch, kv_heads, capacity, head_dim], in place.
+
+    `length` counts the tokens *with* the new ones; row b's new tokens land at `length - n - state[b, 0]`.
+    """
+    n = new.shape[-2]
+    batch = torch.arange(new.shape[0], device=new.device)[:, None]
+    slots = length - n - state[:, :1] + torch.arange(n, device=new.device)
+    dense[batch, :, slots.long()] = new.transpose(1, 2)
+
+
+def attend_reference(
+    q: Tensor,
+    k_tier: Packed | None,
+    v_tier: Packed | None,
+    k_dense: Tensor,
+    v_dense: Tensor,
+    state: Tensor,
+    length: int,
+    scale: float,
+    bits: int,
+    k_group: int,
+    k_axis: GroupAxis,
+    v_group: int,
+    rotation: Tensor | None,
+) -> Tensor:
+    """Attention of the newest `n` tokens of each row, causal among themselves, in plain PyTorch.
+
+    Args:
+        q: [batch, heads, n, head_dim].
+        k_tier, v_tier: codes, scale and zero (`packing`) of [batch, kv_heads, blocks * BLOCK, head_dim], rotated. Row
+            b's first `state[b, 2]` tokens are valid. None where there is no tier.
+        k_dense, v_dense: [batch, kv_heads, capacity, head_dim], not rotated. Row b's first `length - state[b, 0]`
+            tokens are valid, the new ones (already appended) last.
+        state: int32 [batch, 3]: offset, count of tokens that are not finite, tokens in the tier.
+        length: logical tokens, with the new ones.
+        rotation: orthogonal [head_dim, head_dim], or None.
+
+    Returns:
+        [batch, heads, n, head_dim] in the dtype of `q`.
+    """
+    batch, heads, n, dim = q.shape
+    kv_heads = k_dense.shape[1]
+    query = q.float().reshape(batch, kv_heads, heads // kv_heads * n, dim)
+    rotated = query if rotation is None else query @ rotation.float()
+
+    k_packed = v_packed = query.new_empty(batch, kv_heads, 0, dim)
+    if k_tier is not None:
+        k_codes, k_scale, k_zero = k_tier
+        v_codes, v_scale, v_zero = v_tier
+        k_packed = dequantize(unpack(k_codes, bits, "key"), k_scale, k_zero, k_group, k_axis).flatten(2, 3)
+        v_packed = dequantize(unpack(v_codes, bits, "value"), v_scale, v_zero, v_group, "channel").flatten(2, 3)
+    packed_slots, dense_slots = k_packed.shape[2], k_dense.shape[2]
+
+    logits = torch.cat([rotated @ k_packed.transpose(-1, -2), query @ k_dense.float().transpose(-1, -2)], -1) * scale
+    in_tier = torch.arange(packed_slots, device=q.device) < state[:, 2, None]  # [batch, packed]
+    ages = torch.arange(n - 1, -1, -1, device=q.device)  # how many new tokens are newer than query i
+    seen = length - state[:, 0, None] - ages  # [batch, n] dense tokens that query i sees
+    in_dense = torch.arange(dense_slots, device=q.device) < seen[..., None]  # [batch, n, dense]
+    valid = torch.cat([in_tier[:, None].expand(-1, n, -1), in_dense], -1)[:, None, None]
+    logits = logits.view(batch, kv_heads, heads // kv_heads, n, -1).masked_fill(~valid, -torch.inf)
+    probs = logits.softmax(-1).view(batch, kv_heads, -1, packed_slots + dense_slots)
+
+    # What lies past the valid length may be anything, NaN too: 0 * NaN must not reach the output.
+    v_packed = v_packed.masked_fill(~in_tier[:, None, :, None], 0.0)
+    v_recent = v_dense.float().masked_fill(~in_dense[:, -1][:, None, :, None], 0.0)
+    out = probs[..., :packed_slots] @ v_packed
+    if rotation is not None:
+        out = out @ rotation.float().T
+    out = out + probs[..., packed_slots:] @ v_recent
+    return out.view(batch, heads, n, dim).to(q.dtype)
+
+
+@functools.cache
+def _device_properties(device: torch.device) -> tuple[int, bool]:
+    """(multiprocessors, whether a kernel can be launched while the one before it runs)."""
+    if device.type != "cuda":
+        return 1, False
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, torch.version.hip is None and properties.major >= 9
+
+
+def block_bytes(dim: int, bits: int, k_group: int, v_group: int) -> float:
+    """Of one tier block, keys and values."""
+    return BLOCK * dim * (bits / 4 + 4 / k_group + 4 / v_group)
+
+
+MERGE_WARPS = 8
+
+
+@dataclass(frozen=True)
+class Launches:
+    """What the three launches need besides tensors, lengths, capacities and strides: shared by `attend_triton` and
+    Inductor's templates (`minikv_compile.lowering`)."""
+
+    rows: int
+    """Query rows, of all heads and batch rows."""
+    items: int
+    programs: int
+    """Of split, at most."""
+    slots: int
+    """Of parts, enough for so many programs."""
+    rotated: int
+    """Programs of prepare that rotate q."""
+    prepare_grid: tuple[int, int]
+    merge_grid: tuple[int, int]
+    tier_dtype: torch.dtype
+    """Of q where it meets the tier."""
+    sizes: dict[str, int]
+    """Constants of all kernels; then those of split and merge, and of each."""
+    line: dict[str, int]
+    prepare: dict[str, int]
+    split: dict[str, object]
+    merge: dict[str, int]
+    stages: int
+    registers: int | None
+    pdl: bool
+
+    @property
+    def q_tier_shape(self) -> tuple[int, int]:
+        return self.rows, self.sizes["DP"]
+
+    @property
+    def parts_shape(self) -> tuple[int, int, int, int]:
+        return 2, self.slots, self.line["ROWS"], self.sizes["D"] + 4
+
+
+def launches(
+    batch: int, heads: int, n: int, dim: int, kv_heads: int, dtype: torch.dtype, tier: bool, bits: int, k_group: int,
+    k_axis: GroupAxis, v_group: int, rotate: bool, device: torch.device, tuning: AttendTuning | None = None,
+) -> Launches:  # fmt: skip
+    """The launches for so many queries; `tier`: whether there is one."""
+    padded, ratio = triton.next_power_of_2(dim), heads // kv_heads
+    if tuning is None:
+        size = block_bytes(dim, bits, k_group, v_group) if tier else 0
+        tuning = attend_tuning(padded, dtype.itemsize, size, batch * heads * n)
+    row_tile = min(tuning.rows, max(tuning.min_rows, triton.next_power_of_2(ratio * n)))
+    tiles = triton.cdiv(ratio * n, row_tile)
+    items, rows = batch * kv_heads * tiles, batch * heads * n
+    multiprocessors, pdl = _device_properties(device)
+    programs = multiprocessors * tuning.programs
+    merged, columns, step = merge_tuning(rows, tuning)
+    rotated = triton.cdiv(rows, 16) if tier else 0
+    return Launches(
+        rows=rows, items=items, programs=programs, slots=programs + items, rotated=rotated,
+        prepare_grid=(rotated + triton.cdiv(batch * kv_heads * n, 16), triton.cdiv(padded, tuning.prepare_columns)),
+        merge_grid=(triton.cdiv(rows, merged), triton.cdiv(padded, columns)),
+        tier_dtype=torch.float32 if dtype == torch.float32 else torch.float16,
+        sizes=dict(KV_HEADS=kv_heads, RATIO=ratio, NEW=n, D=dim, DP=padded, PDL=pdl),
+        line=dict(ROWS=row_tile, TILES=tiles, BATCH=triton.next_power_of_2(batch), UNIT=tuning.unit, HAS_TIER=tier,
+                  BLOCK=BLOCK),
+        prepare=dict(ROWS=16, COLUMNS=min(padded, tuning.prepare_columns), ROTATE=rotate),
+        split=dict(BITS=bits, K_GROUP=k_group, K_TOKEN_AXIS=k_axis == "token", V_GROUP=v_group, WORDS=words(bits),
+                   SLICES=WORD_BITS // bits, CHUNKS=tuple(value_chunks(dim)), DENSE_OPERAND=operand_dtype(dtype),
+                   PRECISION=dot_precision(dtype)),
+        merge=dict(MERGED=merged, COLUMNS=min(padded, columns), STEP=step, ROTATE=rotate),
+        stages=tuning.stages, registers=tuning.registers, pdl=pdl,
+    )  # fmt: skip
+
+
+def attend_triton(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_tier: Packed | None,
+    v_tier: Packed | None,
+    k_dense: Tensor,
+    v_dense: Tensor,
+    state: Tensor,
+    length: int,
+    scale: float,
+    bits: int,
+    k_group: int,
+    k_axis: GroupAxis,
+    v_group: int,
+    rotation: Tensor | None,
+    tuning: AttendTuning | None = None,
+) -> Tensor:
+    """`attend` as Triton kernels, in three launches. Nothing that it does on the host depends on device data."""
+    check_dtype(q, k_new, v_new, k_dense, v_dense)
+    check_head_dim(q.shape[-1])
+    tier = (*k_tier, *v_tier) if k_tier is not None else ()
+    if not all(t.is_contiguous() for t in (*tier, state)) or k_dense.stride(-1) != 1 or v_dense.stride(-1) != 1:
+        raise ValueError("attend needs a contiguous tier and state, and dense regions with contiguous channels.")
+    q, k_new, v_new = unit_last(q), unit_last(k_new), unit_last(v_new)
+    batch, heads, n, dim = q.shape
+    kv_heads, dense_capacity = k_dense.shape[1:3]
+    rotate = rotation is not None and bool(tier)
+    to = launches(batch, heads, n, dim, kv_heads, q.dtype, bool(tier), bits, k_group, k_axis, v_group, rotate, q.device,
+                  tuning)  # fmt: skip
+    capacity = tier[0].shape[2] if tier else 0
+    # From capacities, never from lengths, which are on the device.
+    units = to.items * (triton.cdiv(dense_capacity, to.line["UNIT"]) + capacity)
+    programs = min(to.programs, units)
+
+    q_tier = torch.empty(to.q_tier_shape, dtype=to.tier_dtype, device=q.device)
+    factor = torch.empty(to.rows, dtype=torch.float32, device=q.device)
+    parts = torch.empty(to.parts_shape, dtype=torch.float32, device=q.device)
+    out = torch.empty(batch, heads, n, dim, dtype=q.dtype, device=q.device)
+    matrix = factor if rotation is None else rotation.to(torch.float32).contiguous()
+    dense_strides = (*k_dense.stride()[:3], *v_dense.stride()[:3])
+
+    _prepare_kernel[to.prepare_grid](
+        q, k_new, v_new, k_dense, v_dense, state, matrix, q_tier, factor, batch, to.rotated, length, scale,
+        *q.stride()[:3], *k_new.stride()[:3], *v_new.stride()[:3], *dense_strides, **to.sizes, **to.prepare,
+    )  # fmt: skip
+    _split_kernel[(programs,)](
+        q, q_tier, factor, *(tier or [factor] * 6), k_dense, v_dense, state, parts, batch, length, scale, capacity,
+        to.slots, *q.stride()[:3], *dense_strides, **to.sizes, **to.line, **to.split, num_warps=1,
+        num_stages=to.stages, maxnreg=to.registers, launch_pdl=to.pdl,
+    )  # fmt: skip
+    _merge_kernel[to.merge_grid](
+        parts, state, matrix, out, batch, length, programs, to.slots, *out.stride()[:3], **to.sizes, **to.line,
+        **to.merge, num_warps=MERGE_WARPS, num_stages=1, launch_pdl=to.pdl,
+    )  # fmt: skip
+    return out
+
+
+def attend(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_tier: Packed | None,
+    v_tier: Packed | None,
+    k_dense: Tensor,
+    v_dense: Tensor,
+    state: Tensor,
+    length: int,
+    scale: float,
+    bits: int,
+    k_group: int,
+    k_axis: GroupAxis,
+    v_group: int,
+    rotation: Tensor | None,
+) -> Tensor:
+    """Append the new tokens to the dense regions, in place, and attend from them over the tier and the dense region.
+
+    Args:
+        k_new, v_new: [batch, kv_heads, n, head_dim]. The dense regions have room for them.
+        The others as in `attend_reference`; `length` counts the new tokens, and `state[b, 2]` is a multiple of BLOCK.
+
+    Returns:
+        [batch, heads, n, head_dim] in the dtype of `q`.
+    """
+    if q.is_cuda:
+        return attend_triton(
+            q, k_new, v_new, k_tier, v_tier, k_dense, v_dense, state, length, scale, bits, k_group, k_axis, v_group,
+            rotation,
+        )  # fmt: skip
+    append(k_dense, k_new, state, length)
+    append(v_dense, v_new, state, length)
+    return attend_reference(
+        q, k_tier, v_tier, k_dense, v_dense, state, length, scale, bits, k_group, k_axis, v_group, rotation
+    )
