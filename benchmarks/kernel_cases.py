@@ -143,7 +143,8 @@ def tensors(case: Case, device: torch.device, seed: int) -> list:
                     meta[row, :, tier_tokens[row] // BLOCK :] = torch.nan
             for x in dense:
                 x[row, :, dense_tokens[row] - case.new :] = torch.nan
-    state = torch.stack([case.length - dense_tokens, torch.zeros_like(tier_tokens), tier_tokens], -1).int()
+    none = torch.zeros_like(tier_tokens)
+    state = torch.stack([case.length - dense_tokens, none, tier_tokens, none, none, none], -1).int()
     q = normal(batch, case.heads, case.new, dim)
     new = [normal(batch, kv, case.new, dim) for _ in range(2)]
     return [q, *new, *tiers, *dense, state, case.length, dim**-0.5, case.bits, case.k_group, case.k_axis,

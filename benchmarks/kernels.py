@@ -359,17 +359,18 @@ def flush_row(bench: Benchmark, batch: int) -> None:
 
     config = MiniKVConfig.preset("default")
     heads, dim, blocks = 8, 128, 8
-    capacity = config.capacity
+    pinned = config.pinned(config.important_tokens())
+    capacity = pinned + config.room
     dense = [torch.randn(batch, heads, capacity, dim, device=bench.device, dtype=torch.bfloat16) for _ in range(2)]
     tiers, states = [], []
     for role, (group, axis) in dict(key=(config.group, "token"), value=(config.value_group(dim), "channel")).items():
         tiers.append(empty_packed(batch, heads, blocks, dim, 2, group, axis, role, torch.bfloat16, bench.device))
-        states.append(torch.tensor([[0, 0, BLOCK]] * batch, dtype=torch.int32, device=bench.device))
+        states.append(torch.tensor([[0, 0, 0, 0, pinned, 0]] * batch, dtype=torch.int32, device=bench.device))
 
     def run():
         for role, tier, x, state in zip(ops.ROLES, tiers, dense, states, strict=True):
-            state.zero_()
-            torch.ops.minikv.flush(*tier, x, state, capacity, 1, capacity, 1, role, config.to_json())
+            state[:, : ops.IN_TIER + 1] = 0
+            torch.ops.minikv.flush(*tier, x, state, capacity, 1, config.room, 1, role, config.to_json(), None)
 
     launched = bench.timer([run], graph=False)
     captured = bench.timer([run])

@@ -60,7 +60,8 @@ def attend(
     ]
     dense = [torch.randn(batch, kv_heads, 70, dim, device="cuda").to(dtype) for _ in range(2)]
     offset = torch.tensor([length - 70, length - new], device="cuda")
-    state = torch.stack([offset, torch.zeros_like(offset), tokens], -1).int()
+    none = torch.zeros_like(offset)
+    state = torch.stack([offset, none, tokens, none, none, none], -1).int()
     q, k, v = (torch.randn(batch, h, new, dim, device="cuda").to(dtype) for h in (heads, kv_heads, kv_heads))
     k_tier, v_tier = tiers if tier else (None, None)
     attend_triton(q, k, v, k_tier, v_tier, *dense, state, length, dim**-0.5, bits, k_group, axis,
@@ -94,15 +95,15 @@ def scores(dim: int, dtype: torch.dtype, last: int | None) -> None:
 def important(dim: int, n: int) -> None:
     """Tokens that are held apart, the order of storage, and which ones are kept, in bits."""
     distance = distance_from_mean_triton(torch.randn(3, n, dim, device="cuda").bfloat16())
-    order = stored_order_triton(highest_triton(distance, 64)[None], n, 0)
+    order = stored_order_triton(highest_triton(distance, 64)[None], torch.tensor([64], dtype=torch.int32, device="cuda"), n, 0)
     bitmask_triton(order, torch.tensor([n - 7], dtype=torch.int32, device="cuda"), n)
 
 
 def flush(dim: int) -> None:
     """Two rows, of which one is full."""
     dense = torch.randn(2, 3, 300, dim, device="cuda")
-    state = torch.tensor([[0, 0, 0], [50, 0, BLOCK]], dtype=torch.int32, device="cuda")
-    move_up_triton(dense, state, plan_triton(state, 300, 1, 300, 4, 64, 1), 4)
+    state = torch.tensor([[0, 0, 0, 0, 4, 0], [50, 0, BLOCK, 0, 4, 0]], dtype=torch.int32, device="cuda")
+    move_up_triton(dense, state, plan_triton(state, 300, 1, 296, 64, 1))
 
 
 def launch() -> None:

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 from torch import Tensor
 
 from .attention import _prepare_kernel, _split_kernel
+from .compress import Packed
 from .jit import check_dtype, check_head_dim, dot_precision, operand_dtype, unit_last
 from .merge import _merge_kernel
 from .packing import BLOCK, WORD_BITS, GroupAxis, dequantize, unpack, value_chunks, words
+from .state import COLUMNS, IN_IMPORTANT, IN_TIER, NO_OFFSET, OFFSET
 from .tuning import AttendTuning, attend_tuning, merge_tuning
 
+
+
+@dataclass(frozen=True)
+class Important:
+    """A second tier, grouped, rotated and balanced as the first, of other bits."""
+
+    keys: Packed
+    values: Packed
+    bits: int
 
 
 def append(dense: Tensor, new: Tensor, state: Tensor, length: int) -> None:
@@ -24,7 +35,7 @@ def append(dense: Tensor, new: Tensor, state: Tensor, length: int) -> None:
     """
     n = new.shape[-2]
     batch = torch.arange(new.shape[0], device=new.device)[:, None]
-    slots = length - n - state[:, :1] + torch.arange(n, device=new.device)
+    slots = length - n - state[:, OFFSET, None] + torch.arange(n, device=new.device)
     dense[batch, :, slots.long()] = new.transpose(1, 2)
 
 
@@ -42,18 +53,22 @@ def attend_reference(
     k_axis: GroupAxis,
     v_group: int,
     rotation: Tensor | None,
+    balancer: Tensor | None = None,
+    important: Important | None = None,
 ) -> Tensor:
     """Attention of the newest `n` tokens of each row, causal among themselves, in plain PyTorch.
 
     Args:
         q: [batch, heads, n, head_dim].
-        k_tier, v_tier: codes, scale and zero (`packing`) of [batch, kv_heads, blocks * BLOCK, head_dim], rotated. Row
-            b's first `state[b, 2]` tokens are valid. None where there is no tier.
-        k_dense, v_dense: [batch, kv_heads, capacity, head_dim], not rotated. Row b's first `length - state[b, 0]`
-            tokens are valid, the new ones (already appended) last.
-        state: int32 [batch, 3]: offset, count of tokens that are not finite, tokens in the tier.
+        k_tier, v_tier: codes, scale and zero (`packing`) of [batch, kv_heads, blocks * BLOCK, head_dim], balanced and
+            rotated. Row b's first `state[b, IN_TIER]` tokens are valid. None where there is no tier.
+        k_dense, v_dense: [batch, kv_heads, capacity, head_dim], neither balanced nor rotated. Row b's first
+            `length - state[b, OFFSET]` tokens are valid, the new ones (already appended) last.
+        state: int32 [batch, COLUMNS] (`state`).
         length: logical tokens, with the new ones.
         rotation: orthogonal [head_dim, head_dim], or None.
+        balancer: fp32 [batch, kv_heads, head_dim], positive: by what the keys in tiers were multiplied; or None.
+        important: another tier, of row b's `state[b, IN_IMPORTANT]` tokens, beside the first; or None.
 
     Returns:
         [batch, heads, n, head_dim] in the dtype of `q`.
@@ -61,32 +76,35 @@ def attend_reference(
     batch, heads, n, dim = q.shape
     kv_heads = k_dense.shape[1]
     query = q.float().reshape(batch, kv_heads, heads // kv_heads * n, dim)
-    rotated = query if rotation is None else query @ rotation.float()
+    stored = query if balancer is None else query / balancer[:, :, None]
+    stored = stored if rotation is None else stored @ rotation.float()
 
-    k_packed = v_packed = query.new_empty(batch, kv_heads, 0, dim)
-    if k_tier is not None:
-        k_codes, k_scale, k_zero = k_tier
-        v_codes, v_scale, v_zero = v_tier
-        k_packed = dequantize(unpack(k_codes, bits, "key"), k_scale, k_zero, k_group, k_axis).flatten(2, 3)
-        v_packed = dequantize(unpack(v_codes, bits, "value"), v_scale, v_zero, v_group, "channel").flatten(2, 3)
-    packed_slots, dense_slots = k_packed.shape[2], k_dense.shape[2]
+    tiers = [] if k_tier is None else [(k_tier, v_tier, bits, IN_TIER)]
+    if important is not None:
+        tiers.append((important.keys, important.values, important.bits, IN_IMPORTANT))
+    k_packed, v_packed, in_tier = [], [], []
+    for keys, values, width, column in tiers:
+        k_packed.append(dequantize(unpack(keys[0], width, "key"), *keys[1:], k_group, k_axis).flatten(2, 3))
+        packed = dequantize(unpack(values[0], width, "value"), *values[1:], v_group, "channel").flatten(2, 3)
+        in_tier.append(torch.arange(packed.shape[2], device=q.device) < state[:, column, None])  # [batch, packed]
+        # What lies past the valid length may be anything, NaN too: 0 * NaN must not reach the output.
+        v_packed.append(packed.masked_fill(~in_tier[-1][:, None, :, None], 0.0))
 
-    logits = torch.cat([rotated @ k_packed.transpose(-1, -2), query @ k_dense.float().transpose(-1, -2)], -1) * scale
-    in_tier = torch.arange(packed_slots, device=q.device) < state[:, 2, None]  # [batch, packed]
     ages = torch.arange(n - 1, -1, -1, device=q.device)  # how many new tokens are newer than query i
-    seen = length - state[:, 0, None] - ages  # [batch, n] dense tokens that query i sees
-    in_dense = torch.arange(dense_slots, device=q.device) < seen[..., None]  # [batch, n, dense]
-    valid = torch.cat([in_tier[:, None].expand(-1, n, -1), in_dense], -1)[:, None, None]
+    seen = length - state[:, OFFSET, None] - ages  # [batch, n] dense tokens that query i sees
+    in_dense = torch.arange(k_dense.shape[2], device=q.device) < seen[..., None]  # [batch, n, dense]
+    valid = torch.cat([*(part[:, None].expand(-1, n, -1) for part in in_tier), in_dense], -1)[:, None, None]
+    logits = [stored @ keys.transpose(-1, -2) for keys in k_packed]
+    logits = torch.cat([*logits, query @ k_dense.float().transpose(-1, -2)], -1) * scale
     logits = logits.view(batch, kv_heads, heads // kv_heads, n, -1).masked_fill(~valid, -torch.inf)
-    probs = logits.softmax(-1).view(batch, kv_heads, -1, packed_slots + dense_slots)
+    probs = logits.softmax(-1).view(batch, kv_heads, heads // kv_heads * n, -1)
 
-    # What lies past the valid length may be anything, NaN too: 0 * NaN must not reach the output.
-    v_packed = v_packed.masked_fill(~in_tier[:, None, :, None], 0.0)
     v_recent = v_dense.float().masked_fill(~in_dense[:, -1][:, None, :, None], 0.0)
-    out = probs[..., :packed_slots] @ v_packed
-    if rotation is not None:
-        out = out @ rotation.float().T
-    out = out + probs[..., packed_slots:] @ v_recent
+    *of_tiers, of_dense = probs.split([*(v.shape[2] for v in v_packed), v_recent.shape[2]], -1)
+    out = of_dense @ v_recent
+    if v_packed:
+        packed = sum(p @ v for p, v in zip(of_tiers, v_packed, strict=True))
+        out = out + (packed if rotation is None else packed @ rotation.float().T)
     return out.view(batch, heads, n, dim).to(q.dtype)
 
 
@@ -141,14 +159,16 @@ class Launches:
 
     @property
     def parts_shape(self) -> tuple[int, int, int, int]:
-        return 2, self.slots, self.line["ROWS"], self.sizes["D"] + 4
+        tiers = 1 + self.merge["HAS_IMPORTANT"]
+        return 1 + tiers, self.slots, self.line["ROWS"], self.sizes["D"] + 4
 
 
 def launches(
     batch: int, heads: int, n: int, dim: int, kv_heads: int, dtype: torch.dtype, tier: bool, bits: int, k_group: int,
     k_axis: GroupAxis, v_group: int, rotate: bool, device: torch.device, tuning: AttendTuning | None = None,
+    balance: bool = False, important: bool = False,
 ) -> Launches:  # fmt: skip
-    """The launches for so many queries; `tier`: whether there is one."""
+    """The launches for so many queries; `tier`, `important`: whether there is one, and a second."""
     padded, ratio = triton.next_power_of_2(dim), heads // kv_heads
     if tuning is None:
         size = block_bytes(dim, bits, k_group, v_group) if tier else 0
@@ -168,11 +188,11 @@ def launches(
         sizes=dict(KV_HEADS=kv_heads, RATIO=ratio, NEW=n, D=dim, DP=padded, PDL=pdl),
         line=dict(ROWS=row_tile, TILES=tiles, BATCH=triton.next_power_of_2(batch), UNIT=tuning.unit, HAS_TIER=tier,
                   BLOCK=BLOCK),
-        prepare=dict(ROWS=16, COLUMNS=min(padded, tuning.prepare_columns), ROTATE=rotate),
+        prepare=dict(ROWS=16, COLUMNS=min(padded, tuning.prepare_columns), ROTATE=rotate, BALANCE=balance),
         split=dict(BITS=bits, K_GROUP=k_group, K_TOKEN_AXIS=k_axis == "token", V_GROUP=v_group, WORDS=words(bits),
                    SLICES=WORD_BITS // bits, CHUNKS=tuple(value_chunks(dim)), DENSE_OPERAND=operand_dtype(dtype),
                    PRECISION=dot_precision(dtype)),
-        merge=dict(MERGED=merged, COLUMNS=min(padded, columns), STEP=step, ROTATE=rotate),
+        merge=dict(HAS_IMPORTANT=important, MERGED=merged, COLUMNS=min(padded, columns), STEP=step, ROTATE=rotate),
         stages=tuning.stages, registers=tuning.registers, pdl=pdl,
     )  # fmt: skip
 
@@ -193,23 +213,35 @@ def attend_triton(
     k_axis: GroupAxis,
     v_group: int,
     rotation: Tensor | None,
+    balancer: Tensor | None = None,
+    important: Important | None = None,
     tuning: AttendTuning | None = None,
 ) -> Tensor:
-    """`attend` as Triton kernels, in three launches. Nothing that it does on the host depends on device data."""
+    """`attend` as Triton kernels, in three launches; four with an important tier. Nothing that it does on the host depends
+    on device data."""
     check_dtype(q, k_new, v_new, k_dense, v_dense)
     check_head_dim(q.shape[-1])
     tier = (*k_tier, *v_tier) if k_tier is not None else ()
-    if not all(t.is_contiguous() for t in (*tier, state)) or k_dense.stride(-1) != 1 or v_dense.stride(-1) != 1:
+    second = (*important.keys, *important.values) if important is not None else ()
+    if not all(t.is_contiguous() for t in (*tier, *second, state)) or k_dense.stride(-1) != 1 or v_dense.stride(-1) != 1:
         raise ValueError("attend needs a contiguous tier and state, and dense regions with contiguous channels.")
     q, k_new, v_new = unit_last(q), unit_last(k_new), unit_last(v_new)
     batch, heads, n, dim = q.shape
     kv_heads, dense_capacity = k_dense.shape[1:3]
+    if state.shape[1] != COLUMNS:
+        raise ValueError(f"attend needs a state of {COLUMNS} columns.")
     rotate = rotation is not None and bool(tier)
-    to = launches(batch, heads, n, dim, kv_heads, q.dtype, bool(tier), bits, k_group, k_axis, v_group, rotate, q.device,
-                  tuning)  # fmt: skip
-    capacity = tier[0].shape[2] if tier else 0
+
+    def launches_of(width: int) -> Launches:
+        return launches(
+            batch, heads, n, dim, kv_heads, q.dtype, bool(tier), width, k_group, k_axis, v_group, rotate, q.device, tuning,
+            balancer is not None, important is not None,
+        )  # fmt: skip
+
+    to = launches_of(bits)
+    capacity, second_capacity = (held[0].shape[2] if held else 0 for held in (tier, second))
     # From capacities, never from lengths, which are on the device.
-    units = to.items * (triton.cdiv(dense_capacity, to.line["UNIT"]) + capacity)
+    units = to.items * max(triton.cdiv(dense_capacity, to.line["UNIT"]) + capacity, second_capacity)
     programs = min(to.programs, units)
 
     q_tier = torch.empty(to.q_tier_shape, dtype=to.tier_dtype, device=q.device)
@@ -217,17 +249,25 @@ def attend_triton(
     parts = torch.empty(to.parts_shape, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, heads, n, dim, dtype=q.dtype, device=q.device)
     matrix = factor if rotation is None else rotation.to(torch.float32).contiguous()
+    balance = factor if balancer is None else balancer.contiguous()
     dense_strides = (*k_dense.stride()[:3], *v_dense.stride()[:3])
 
     _prepare_kernel[to.prepare_grid](
-        q, k_new, v_new, k_dense, v_dense, state, matrix, q_tier, factor, batch, to.rotated, length, scale,
+        q, k_new, v_new, k_dense, v_dense, state, matrix, balance, q_tier, factor, batch, to.rotated, length, scale,
         *q.stride()[:3], *k_new.stride()[:3], *v_new.stride()[:3], *dense_strides, **to.sizes, **to.prepare,
     )  # fmt: skip
-    _split_kernel[(programs,)](
-        q, q_tier, factor, *(tier or [factor] * 6), k_dense, v_dense, state, parts, batch, length, scale, capacity,
-        to.slots, *q.stride()[:3], *dense_strides, **to.sizes, **to.line, **to.split, num_warps=1,
-        num_stages=to.stages, maxnreg=to.registers, launch_pdl=to.pdl,
-    )  # fmt: skip
+    def split(to: Launches, held: tuple, counters: Tensor, tokens: int, room: int, target: Tensor, pdl: bool) -> None:
+        _split_kernel[(programs,)](
+            q, q_tier, factor, *(held or [factor] * 6), k_dense, v_dense, counters, target, batch, tokens, scale, room,
+            to.slots, *q.stride()[:3], *dense_strides, **to.sizes, **to.line, **to.split, num_warps=1,
+            num_stages=to.stages, maxnreg=to.registers, launch_pdl=pdl,
+        )  # fmt: skip
+
+    split(to, tier, state, length, capacity, parts, to.pdl)
+    if second:
+        # Behind all of the launch before it: where no row has important tokens, nothing in it waits for anything.
+        to_second = replace(launches_of(important.bits), slots=to.slots)
+        split(to_second, second, state[:, NO_OFFSET:], 0, second_capacity, parts[1:], False)
     _merge_kernel[to.merge_grid](
         parts, state, matrix, out, batch, length, programs, to.slots, *out.stride()[:3], **to.sizes, **to.line,
         **to.merge, num_warps=MERGE_WARPS, num_stages=1, launch_pdl=to.pdl,
@@ -251,12 +291,15 @@ def attend(
     k_axis: GroupAxis,
     v_group: int,
     rotation: Tensor | None,
+    balancer: Tensor | None = None,
+    important: Important | None = None,
 ) -> Tensor:
     """Append the new tokens to the dense regions, in place, and attend from them over the tier and the dense region.
 
     Args:
         k_new, v_new: [batch, kv_heads, n, head_dim]. The dense regions have room for them.
-        The others as in `attend_reference`; `length` counts the new tokens, and `state[b, 2]` is a multiple of BLOCK.
+        The others as in `attend_reference`; `length` counts the new tokens, and what a state says
+        of tiers are multiples of BLOCK.
 
     Returns:
         [batch, heads, n, head_dim] in the dtype of `q`.
@@ -264,10 +307,11 @@ def attend(
     if q.is_cuda:
         return attend_triton(
             q, k_new, v_new, k_tier, v_tier, k_dense, v_dense, state, length, scale, bits, k_group, k_axis, v_group,
-            rotation,
+            rotation, balancer, important,
         )  # fmt: skip
     append(k_dense, k_new, state, length)
     append(v_dense, v_new, state, length)
     return attend_reference(
-        q, k_tier, v_tier, k_dense, v_dense, state, length, scale, bits, k_group, k_axis, v_group, rotation
-    )
+        q, k_tier, v_tier, k_dense, v_dense, state, length, scale, bits, k_group, k_axis, v_group, rotation,
+        balancer, important,
+    )  # fmt: skip

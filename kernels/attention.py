@@ -28,6 +28,7 @@ from .jit import (
     value_loads,
     value_tiles,
 )
+from .state import STATE_COLUMNS
 
 # The kernels. Three launches: prepare (append the new tokens; rotate and normalise q), split (a softmax per program and
 # item), merge (combine the parts; rotate the tier's back).
@@ -37,6 +38,9 @@ from .jit import (
 # long shares, one for each program: as many programs as run at once, so that all end together. Lengths are those on the
 # device, in split and merge alike (`_units`). Where program i works on item j, its part has slot i + j: both only grow
 # along the line, so no two parts share a slot.
+#
+# An important tier of other bits is a line of its own, without a dense region: another launch of split, which reads the
+# second triple of a state. Its parts merge takes as the tier's.
 #
 # Arithmetic of the tier, with c a code, s and z its group's scale and zero, t a token, d a channel:
 #
@@ -71,15 +75,16 @@ def _row_offset(row, HEADS: tl.constexpr, NEW: tl.constexpr, stride_b, stride_h,
 
 @triton.jit(do_not_specialize=["batch", "rotated", "length"])
 def _prepare_kernel(
-    Q, K_NEW, V_NEW, K_DENSE, V_DENSE, STATE, ROTATION, Q_OUT, FACTOR, batch, rotated, length, scale,
+    Q, K_NEW, V_NEW, K_DENSE, V_DENSE, STATE, ROTATION, BALANCER, Q_OUT, FACTOR, batch, rotated, length, scale,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_kdb, stride_kdh, stride_kds, stride_vdb, stride_vdh, stride_vds,
     KV_HEADS: tl.constexpr, RATIO: tl.constexpr, NEW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROTATE: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROTATE: tl.constexpr, BALANCE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: COLUMNS channels of ROWS rows; of q in the first `rotated` programs, then of the new K and V.
 
-    Q_OUT [rows, DP]: q rotated, times a power of two that makes it at most 1.
+    Q_OUT [rows, DP]: q over BALANCER [batch, KV_HEADS, D], rotated, times a power of two that makes it at most 1.
     FACTOR fp32 [rows]: what turns its products with keys into logits to the base of 2.
     """
     if PDL:
@@ -92,6 +97,9 @@ def _prepare_kernel(
         q_ptr = Q + _row_offset(row, KV_HEADS * RATIO, NEW, stride_qb, stride_qh, stride_qn)
         inner = tl.arange(0, DP)
         q = to_fp32(tl.load(q_ptr[:, None] + inner[None, :], mask=real[:, None] & (inner < D)[None, :], other=0.0))
+        if BALANCE:
+            balancer_ptr = BALANCER + (row // (RATIO * NEW)).to(tl.int64)[:, None] * D
+            q /= tl.load(balancer_ptr + inner[None, :], mask=real[:, None] & (inner < D)[None, :], other=1.0)
         # |q R| <= |q|_2 <= sqrt(DP) max |q|.
         bound = exponent(tl.max(tl.abs(q), 1)) + 1
         if ROTATE:
@@ -103,7 +111,10 @@ def _prepare_kernel(
             q = tl.dot(q * exp2i(-bound)[:, None], matrix, input_precision="tf32x3")
         else:
             q = tl.load(q_ptr[:, None] + channel[None, :], mask=real[:, None] & (channel < D)[None, :], other=0.0)
-            q = to_fp32(q) * exp2i(-bound)[:, None]
+            q = to_fp32(q)
+            if BALANCE:
+                q /= tl.load(balancer_ptr + channel[None, :], mask=real[:, None] & (channel < D)[None, :], other=1.0)
+            q *= exp2i(-bound)[:, None]
         target = Q_OUT + row.to(tl.int64)[:, None] * DP + channel[None, :]
         tl.store(target, round_to(q, Q_OUT.dtype.element_ty), mask=real[:, None])
         if tl.program_id(1) == 0:
@@ -113,7 +124,7 @@ def _prepare_kernel(
         real = row < batch * (KV_HEADS * NEW)
         mask = real[:, None] & (channel < D)[None, :]
         # From each row's first new token to its slot.
-        shift = length - NEW - tl.load(STATE + row // (KV_HEADS * NEW) * 3, mask=real, other=0).to(tl.int64)
+        shift = length - NEW - tl.load(STATE + row // (KV_HEADS * NEW) * STATE_COLUMNS, mask=real, other=0).to(tl.int64)
         k_ptr = K_NEW + _row_offset(row, KV_HEADS, NEW, stride_kb, stride_kh, stride_kn)
         v_ptr = V_NEW + _row_offset(row, KV_HEADS, NEW, stride_vb, stride_vh, stride_vn)
         k = tl.load(k_ptr[:, None] + channel[None, :], mask=mask)
@@ -128,11 +139,11 @@ def _prepare_kernel(
 def _units(STATE, row, length, batch, UNIT: tl.constexpr, BLOCK: tl.constexpr, HAS_TIER: tl.constexpr):
     """(dense tokens, units of the dense region, units in all) of an item of batch row `row`; 0 past the batch."""
     real = row < batch
-    dense = tl.where(real, length - tl.load(STATE + row * 3, mask=real, other=0), 0)
+    dense = tl.where(real, length - tl.load(STATE + row * STATE_COLUMNS, mask=real, other=0), 0)
     dense_units = (dense + UNIT - 1) // UNIT
     units = dense_units
     if HAS_TIER:
-        units += tl.load(STATE + row * 3 + 2, mask=real, other=0) // BLOCK
+        units += tl.load(STATE + row * STATE_COLUMNS + 2, mask=real, other=0) // BLOCK
     return dense, dense_units, units
 
 

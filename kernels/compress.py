@@ -47,10 +47,15 @@ def _pick(x: Tensor, index: Tensor | None, source: Tensor, filled: Tensor, count
     return picked
 
 
+def _of_rows(start: Tensor | int, tokens: Tensor) -> Tensor:
+    """`start` of each row, int [batch]."""
+    return torch.full_like(tokens, start) if isinstance(start, int) else start
+
+
 def compress_reference(
     x: Tensor,
     index: Tensor | None,
-    start: int,
+    start: Tensor | int,
     tokens: Tensor,
     blocks: int,
     bits: int,
@@ -62,10 +67,12 @@ def compress_reference(
     out: Packed | None = None,
     first_block: Tensor | None = None,
     counted: Counted | None = None,
+    balancer: Tensor | None = None,
 ) -> Packed:
-    """Pack tokens `start ... start + tokens[b] - 1` of row b, in plain PyTorch.
+    """Pack tokens `start[b] ... start[b] + tokens[b] - 1` of row b, in plain PyTorch.
 
     Args:
+        start: int [batch], or one number for all rows.
         x: [batch, kv_heads, seq, head_dim], keys or values, any strides.
         index: int64 [batch, kv_heads, kept]: token j is `x[..., index[..., j], :]`; None for token j itself.
         tokens: int [batch], each a multiple of BLOCK, at most `blocks * BLOCK`.
@@ -77,6 +84,8 @@ def compress_reference(
             tokens[b] / BLOCK - 1` of row b. `blocks` then only bounds the tokens of a row.
         first_block: int [batch], with `out`.
         counted: what counts the packed tokens that hold NaN or inf.
+        balancer: fp32 [batch, kv_heads, head_dim], by which tokens are multiplied first (and rounded to the dtype of `x`),
+            or None.
 
     Returns:
         codes, scale, zero (`packing`), with `blocks` blocks; or `out`.
@@ -84,7 +93,9 @@ def compress_reference(
     batch, heads, _, dim = x.shape
     slots = torch.arange(blocks * BLOCK, device=x.device)
     filled = slots < tokens[:, None]  # [batch, slots]
-    picked = _pick(x, index, (slots + start).expand_as(filled), filled, counted)
+    picked = _pick(x, index, slots + _of_rows(start, tokens)[:, None], filled, counted)
+    if balancer is not None:
+        picked = (picked.float() * balancer[:, :, None]).to(x.dtype)
     if rotation is not None:
         picked = (picked.float() @ rotation).to(x.dtype)
     codes, scale, zero = quantize(picked.view(batch, heads, blocks, BLOCK, dim), bits, group, axis, clip)
@@ -125,11 +136,11 @@ def _quotient(x, divisor, inverse):
 
 @triton.jit
 def pack_block(
-    X, INDEX, SIGNS, SIZES, CODES, SCALE, ZERO, SEEN, COUNT, source_block, block, head, channel0, batch, filled, written,
-    stride_xb, stride_xh, stride_xs, stride_count, seq, start, kept, capacity, inset,
+    X, INDEX, BALANCER, SIGNS, SIZES, CODES, SCALE, ZERO, SEEN, COUNT, source_block, block, head, channel0, batch, filled,
+    written, stride_xb, stride_xh, stride_xs, stride_count, seq, start, kept, capacity, inset,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHANNELS: tl.constexpr, STEP: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, TOKEN_AXIS: tl.constexpr, KEY_LAYOUT: tl.constexpr,
-    HAS_INDEX: tl.constexpr, ROTATE: tl.constexpr, COUNTED: tl.constexpr, LIMIT: tl.constexpr,
+    HAS_INDEX: tl.constexpr, ROTATE: tl.constexpr, BALANCE: tl.constexpr, COUNTED: tl.constexpr, LIMIT: tl.constexpr,
     BLOCK: tl.constexpr, SLICES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Where `written`: one block of one head, CHANNELS of its channels, of tokens `start + source_block * BLOCK ...` where
@@ -155,6 +166,7 @@ def pack_block(
             slot = tl.load(INDEX + (batch * HEADS + head) * kept + slot, mask=filled & (slot < kept), other=0)
         x_ptr = X + batch * stride_xb + head.to(tl.int64) * stride_xh + slot * stride_xs
         count = COUNT + batch * stride_count
+        balancer = BALANCER + (batch * HEADS + head) * D
         if ROTATE:
             column = channel0 + tl.arange(0, CHANNELS)
             product = tl.zeros([M, N], tl.float32)
@@ -166,6 +178,9 @@ def pack_block(
                 signs = tl.load(SIGNS + inner[:, None] * D + column[None, :], mask=signs_mask, other=0.0)
                 if COUNTED:
                     _count_not_finite(to_fp32(part), slot[:, None], SEEN + batch * seq, count, (1,))
+                if BALANCE:
+                    factors = tl.load(balancer + inner, mask=inner < D, other=0.0)
+                    part = round_to(to_fp32(part) * factors[None, :], X.dtype.element_ty)
                 # Signs are 0, 1 or -1: what the tensor cores add up is exact.
                 part, signs = to_operand(part, OPERAND), to_operand(signs, OPERAND)
                 if KEY_LAYOUT:
@@ -183,6 +198,9 @@ def pack_block(
             if COUNTED:
                 DIMS: tl.constexpr = (0,) if KEY_LAYOUT else (1, 2)
                 _count_not_finite(values, slot, SEEN + batch * seq, count, DIMS)
+            if BALANCE:
+                values *= tl.load(balancer + channel, mask=real, other=0.0)
+                values = to_fp32(round_to(values, X.dtype.element_ty))
             values = tl.permute(values, [1, 0, 2])
 
         # From here on as in `packing.quantize`: [GA, GB, M, WA, WB] or [SLICES, MA, MB, WORDS], groups along the B.
@@ -258,14 +276,14 @@ def pack_block(
         tl.store(ZERO + inner, zero, mask=real)
 
 
-@triton.jit(do_not_specialize=["start", "kept", "capacity"])
+@triton.jit(do_not_specialize=["kept", "capacity"])
 def _compress_kernel(
-    X, INDEX, TOKENS, FIRST, SIGNS, SIZES, CODES, SCALE, ZERO, SEEN, COUNT, stride_xb, stride_xh, stride_xs,
-    stride_tokens, stride_first, stride_count, seq, start, kept, capacity, inset,
+    X, INDEX, START, TOKENS, FIRST, BALANCER, SIGNS, SIZES, CODES, SCALE, ZERO, SEEN, COUNT, stride_xb, stride_xh,
+    stride_xs, stride_start, stride_tokens, stride_first, stride_count, seq, kept, capacity, inset,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FIRST_CHANNEL: tl.constexpr, CHANNELS: tl.constexpr,
     STEP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TOKEN_AXIS: tl.constexpr, KEY_LAYOUT: tl.constexpr,
-    HAS_INDEX: tl.constexpr, ROTATE: tl.constexpr, COUNTED: tl.constexpr, IN_PLACE: tl.constexpr, LIMIT: tl.constexpr,
-    BLOCK: tl.constexpr, SLICES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_INDEX: tl.constexpr, ROTATE: tl.constexpr, BALANCE: tl.constexpr, COUNTED: tl.constexpr, IN_PLACE: tl.constexpr,
+    LIMIT: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one block of one head, CHANNELS of its channels."""
     source_block = tl.program_id(0)
@@ -279,9 +297,10 @@ def _compress_kernel(
         block += tl.load(FIRST + batch * stride_first).to(tl.int32)
         written = filled & (block < capacity)
     pack_block(
-        X, INDEX, SIGNS, SIZES, CODES, SCALE, ZERO, SEEN, COUNT, source_block, block, head, channel0, batch, filled,
-        written, stride_xb, stride_xh, stride_xs, stride_count, seq, start, kept, capacity, inset, HEADS, D, DP, CHANNELS,
-        STEP, BITS, GROUP, TOKEN_AXIS, KEY_LAYOUT, HAS_INDEX, ROTATE, COUNTED, LIMIT, BLOCK, SLICES, OPERAND, PRECISION,
+        X, INDEX, BALANCER, SIGNS, SIZES, CODES, SCALE, ZERO, SEEN, COUNT, source_block, block, head, channel0, batch,
+        filled, written, stride_xb, stride_xh, stride_xs, stride_count, seq, tl.load(START + batch * stride_start), kept,
+        capacity, inset, HEADS, D, DP, CHANNELS, STEP, BITS, GROUP, TOKEN_AXIS, KEY_LAYOUT, HAS_INDEX, ROTATE, BALANCE,
+        COUNTED, LIMIT, BLOCK, SLICES, OPERAND, PRECISION,
     )  # fmt: skip
 
 
@@ -322,7 +341,7 @@ def _signs(rotation: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def compress_triton(
     x: Tensor,
     index: Tensor | None,
-    start: int,
+    start: Tensor | int,
     tokens: Tensor,
     blocks: int,
     bits: int,
@@ -334,6 +353,7 @@ def compress_triton(
     out: Packed | None = None,
     first_block: Tensor | None = None,
     counted: Counted | None = None,
+    balancer: Tensor | None = None,
     tuning: CompressTuning | None = None,
 ) -> Packed:
     """`compress` as a Triton kernel: one launch, or two for a head dimension that is no power of two."""
@@ -351,14 +371,16 @@ def compress_triton(
     signs, sizes = (x, x) if rotation is None else _signs(rotation, x.dtype)
     seen, count = (tokens, tokens) if counted is None else counted
     first_block = tokens if first_block is None else first_block
+    balance = x if balancer is None else balancer.contiguous()
+    start = _of_rows(start, tokens)
     for first, channels, programs in _launches(dim, layout):
         _compress_kernel[blocks, heads * programs, batch](
-            x, x if index is None else index.contiguous(), tokens, first_block, signs, sizes, *out, seen, count,
-            *x.stride()[:3], tokens.stride(0), first_block.stride(0), count.stride(0), seq, start,
+            x, x if index is None else index.contiguous(), start, tokens, first_block, balance, signs, sizes, *out, seen,
+            count, *x.stride()[:3], start.stride(0), tokens.stride(0), first_block.stride(0), count.stride(0), seq,
             0 if index is None else index.shape[2], out[0].shape[2], (1 - clip) / 2,
             HEADS=heads, D=dim, DP=padded, FIRST_CHANNEL=first, CHANNELS=channels, STEP=min(padded, tuning.contracted),
             BITS=bits, GROUP=group, TOKEN_AXIS=axis == "token", KEY_LAYOUT=layout == "key", HAS_INDEX=index is not None,
-            ROTATE=rotation is not None, COUNTED=counted is not None, IN_PLACE=in_place,
+            ROTATE=rotation is not None, BALANCE=balancer is not None, COUNTED=counted is not None, IN_PLACE=in_place,
             LIMIT=torch.finfo(out[1].dtype).max, BLOCK=BLOCK, SLICES=WORD_BITS // bits, OPERAND=operand_dtype(x.dtype),
             PRECISION=dot_precision(x.dtype), num_warps=tuning.warps, num_stages=1, maxnreg=tuning.registers,
         )  # fmt: skip
@@ -368,7 +390,7 @@ def compress_triton(
 def compress(
     x: Tensor,
     index: Tensor | None,
-    start: int,
+    start: Tensor | int,
     tokens: Tensor,
     blocks: int,
     bits: int,
@@ -380,38 +402,41 @@ def compress(
     out: Packed | None = None,
     first_block: Tensor | None = None,
     counted: Counted | None = None,
+    balancer: Tensor | None = None,
 ) -> Packed:
-    """Gather, rotate, quantize and pack; arguments and result as in `compress_reference`.
+    """Gather, balance, rotate, quantize and pack; arguments and result as in `compress_reference`.
 
     Metadata has the reference's bits where nothing is rotated; a code may differ by one where a value lies within float
     rounding of the middle between two codes. A rotation agrees to about 2**-21 of a token's norm before its result is
     rounded to the dtype of `x`; a token that holds inf rotates to NaN (code 0) throughout.
     """
     run = compress_triton if x.is_cuda else compress_reference
-    return run(x, index, start, tokens, blocks, bits, group, axis, layout, rotation, clip, out, first_block, counted)
+    return run(
+        x, index, start, tokens, blocks, bits, group, axis, layout, rotation, clip, out, first_block, counted, balancer
+    )
 
 
 def dense_region_reference(
-    x: Tensor, index: Tensor | None, sinks: int, tokens: Tensor, used: Tensor, capacity: int, counted: Counted
+    x: Tensor, index: Tensor | None, pinned: Tensor | int, tokens: Tensor, used: Tensor, capacity: int, counted: Counted
 ) -> Tensor:
-    """What `compress` leaves out of a row: its first `sinks` tokens, and those after the packed ones.
+    """What `compress` leaves out of a row: its first `pinned[b]` tokens, and those after the `tokens[b]` packed ones.
 
     Args:
-        x, index, tokens, counted: as in `compress_reference`.
+        x, index, counted: as in `compress_reference`. tokens: int [batch]. pinned: as `start` there.
         used: int [batch], how many they are, at most `capacity`. The rest is zeros.
 
     Returns:
         [batch, kv_heads, capacity, head_dim].
     """
     slot = torch.arange(capacity, device=x.device).expand(x.shape[0], -1)
-    source = torch.where(slot < sinks, slot, slot + tokens[:, None])
+    source = torch.where(slot < _of_rows(pinned, tokens)[:, None], slot, slot + tokens[:, None])
     return _pick(x, index, source, slot < used[:, None], counted)
 
 
-@triton.jit(do_not_specialize=["seq", "kept", "sinks", "capacity"])
+@triton.jit(do_not_specialize=["seq", "kept", "capacity"])
 def _dense_region_kernel(
-    X, INDEX, TOKENS, USED, OUT, SEEN, COUNT, stride_xb, stride_xh, stride_xs, stride_tokens, stride_used, stride_count,
-    seq, kept, sinks, capacity,
+    X, INDEX, PINNED, TOKENS, USED, OUT, SEEN, COUNT, stride_xb, stride_xh, stride_xs, stride_pinned, stride_tokens,
+    stride_used, stride_count, seq, kept, capacity,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SLOTS: tl.constexpr, HAS_INDEX: tl.constexpr,
 ):  # fmt: skip
     """One program: SLOTS tokens of one head."""
@@ -419,7 +444,8 @@ def _dense_region_kernel(
     batch = tl.program_id(2).to(tl.int64)
     slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     filled = slot < tl.load(USED + batch * stride_used)
-    token = tl.where(slot < sinks, slot, slot + tl.load(TOKENS + batch * stride_tokens)).to(tl.int64)
+    pinned = tl.load(PINNED + batch * stride_pinned)
+    token = tl.where(slot < pinned, slot, slot + tl.load(TOKENS + batch * stride_tokens)).to(tl.int64)
     if HAS_INDEX:
         token = tl.load(INDEX + (batch * HEADS + head) * kept + token, mask=filled, other=0)
     channel = tl.arange(0, DP)[None, :]
@@ -431,7 +457,7 @@ def _dense_region_kernel(
 
 
 def dense_region_triton(
-    x: Tensor, index: Tensor | None, sinks: int, tokens: Tensor, used: Tensor, capacity: int, counted: Counted
+    x: Tensor, index: Tensor | None, pinned: Tensor | int, tokens: Tensor, used: Tensor, capacity: int, counted: Counted
 ) -> Tensor:
     """`dense_region` as a Triton kernel."""
     check_dtype(x)
@@ -439,18 +465,19 @@ def dense_region_triton(
     batch, heads, seq, dim = x.shape
     seen, count = counted
     out = x.new_empty(batch, heads, capacity, dim)
-    slots = 16
+    slots, pinned = 16, _of_rows(pinned, tokens)
     _dense_region_kernel[triton.cdiv(capacity, slots), heads, batch](
-        x, x if index is None else index.contiguous(), tokens, used, out, seen, count, *x.stride()[:3],
-        tokens.stride(0), used.stride(0), count.stride(0), seq, 0 if index is None else index.shape[2], sinks, capacity,
+        x, x if index is None else index.contiguous(), pinned, tokens, used, out, seen, count, *x.stride()[:3],
+        pinned.stride(0), tokens.stride(0), used.stride(0), count.stride(0), seq, 0 if index is None else index.shape[2],
+        capacity,
         HEADS=heads, D=dim, DP=triton.next_power_of_2(dim), SLOTS=slots, HAS_INDEX=index is not None, num_warps=4,
     )  # fmt: skip
     return out
 
 
 def dense_region(
-    x: Tensor, index: Tensor | None, sinks: int, tokens: Tensor, used: Tensor, capacity: int, counted: Counted
+    x: Tensor, index: Tensor | None, pinned: Tensor | int, tokens: Tensor, used: Tensor, capacity: int, counted: Counted
 ) -> Tensor:
     """Arguments and result as in `dense_region_reference`."""
     run = dense_region_triton if x.is_cuda else dense_region_reference
-    return run(x, index, sinks, tokens, used, capacity, counted)
+    return run(x, index, pinned, tokens, used, capacity, counted)

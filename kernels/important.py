@@ -88,55 +88,66 @@ def distance_from_mean(keys: Tensor) -> Tensor:
     return run(keys)
 
 
-def stored_order_reference(important: Tensor, n: int, sinks: int) -> Tensor:
+NO_TOKEN = 2**31 - 1
+"""Stands behind the important tokens of rows that have fewer than others."""
+
+
+def stored_order_reference(important: Tensor, counts: Tensor, n: int, sinks: int) -> Tensor:
     """Tokens in the order of storage: sinks, important tokens, the rest; in plain PyTorch.
 
     Args:
-        important: int64 [batch, kv_heads, count], ascending, below `n`, none of them one of the first `sinks` tokens.
+        important: int64 [batch, kv_heads, most], of row b `counts[b]` tokens, ascending, none of them one of the first
+            `sinks` tokens; then NO_TOKEN.
+        counts: int [batch].
 
     Returns:
         int64 [batch, kv_heads, n].
     """
-    lead, count = important.shape[:2], important.shape[2]
-    token = torch.arange(n - count, device=important.device).expand(*lead, -1)
+    slot = torch.arange(n, device=important.device).expand(*important.shape[:2], -1)
+    token = slot - counts[:, None, None]
     # Important token m has `important[m] - m` others before it.
-    others_before = important - torch.arange(count, device=important.device)
-    rest = token[..., sinks:].contiguous()
-    rest = rest + torch.searchsorted(others_before, rest, right=True)
-    return torch.cat([token[..., :sinks], important, rest], -1)
+    others_before = important - torch.arange(important.shape[2], device=important.device)
+    others_before = torch.where(important == NO_TOKEN, NO_TOKEN, others_before)
+    rest = token + torch.searchsorted(others_before, token.contiguous(), right=True)
+    if important.shape[2]:
+        apart = important.gather(2, (slot - sinks).clamp(0, important.shape[2] - 1))
+        rest = torch.where(token < sinks, apart, rest)
+    return torch.where(slot < sinks, slot, rest)
 
 
-@triton.jit(do_not_specialize=["n", "sinks", "count"])
+@triton.jit(do_not_specialize=["n", "sinks", "most"])
 def _order_kernel(
-    IMPORTANT, OUT, n, sinks, count, COUNT: tl.constexpr, SLOTS: tl.constexpr
+    IMPORTANT, COUNTS, OUT, n, sinks, most, stride_counts, HEADS: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr
 ):  # fmt: skip
     """One program: SLOTS slots of one head of a row."""
     row = tl.program_id(1).to(tl.int64)
     slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    count = tl.load(COUNTS + row // HEADS * stride_counts).to(tl.int32)
     token = slot - count
     before = tl.zeros([SLOTS], tl.int32)
     for low in range(0, count, COUNT):
         m = low + tl.arange(0, COUNT)
-        important = tl.load(IMPORTANT + row * count + m, mask=m < count, other=n + count).to(tl.int32)
+        important = tl.load(IMPORTANT + row * most + m, mask=m < count, other=2**30).to(tl.int32)
         before += tl.sum(((important - m)[None, :] <= token[:, None]).to(tl.int32), 1)
     rest = token + before
-    apart = tl.load(IMPORTANT + row * count + slot - sinks, mask=(slot >= sinks) & (token < sinks), other=0)
+    apart = tl.load(IMPORTANT + row * most + slot - sinks, mask=(slot >= sinks) & (token < sinks), other=0)
     stored = tl.where(slot < sinks, slot, tl.where(token < sinks, apart, rest))
     tl.store(OUT + row * n + slot, stored.to(tl.int64), mask=slot < n)
 
 
-def stored_order_triton(important: Tensor, n: int, sinks: int) -> Tensor:
+def stored_order_triton(important: Tensor, counts: Tensor, n: int, sinks: int) -> Tensor:
     """`stored_order` as a Triton kernel: one launch."""
-    batch, heads, count = important.shape
+    batch, heads, most = important.shape
     out = torch.empty(batch, heads, n, dtype=torch.int64, device=important.device)
     slots = 64
     _order_kernel[(triton.cdiv(n, slots), batch * heads)](
-        important.contiguous(), out, n, sinks, count, COUNT=min(triton.next_power_of_2(count), 128), SLOTS=slots, num_warps=4
-    )
+        important.contiguous(), counts, out, n, sinks, most, counts.stride(0), HEADS=heads,
+        COUNT=min(triton.next_power_of_2(max(most, 1)), 128), SLOTS=slots, num_warps=4,
+    )  # fmt: skip
     return out
 
 
-def stored_order(important: Tensor, n: int, sinks: int) -> Tensor:
+def stored_order(important: Tensor, counts: Tensor, n: int, sinks: int) -> Tensor:
     """Arguments and result as in `stored_order_reference`."""
     run = stored_order_triton if important.is_cuda else stored_order_reference
-    return run(important, n, sinks)
+    return run(important, counts, n, sinks)

@@ -8,6 +8,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from .attention import _finite_max, _row_offset, _share, _units
 from .jit import round_to
+from .state import SECOND
 
 
 @triton.jit
@@ -34,13 +35,13 @@ def _merge_kernel(
     PARTS, STATE, ROTATION, RESULT, batch, length, programs, slots, stride_ob, stride_oh, stride_on,
     KV_HEADS: tl.constexpr, RATIO: tl.constexpr, NEW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, BATCH: tl.constexpr, UNIT: tl.constexpr, HAS_TIER: tl.constexpr,
-    BLOCK: tl.constexpr, MERGED: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, ROTATE: tl.constexpr,
-    PDL: tl.constexpr,
+    HAS_IMPORTANT: tl.constexpr, BLOCK: tl.constexpr, MERGED: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    ROTATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: COLUMNS channels of MERGED query rows."""
     out, row, channel = _merged(
         PARTS, STATE, ROTATION, batch, length, programs, slots, KV_HEADS, RATIO, NEW, D, DP, ROWS, TILES, BATCH, UNIT,
-        HAS_TIER, BLOCK, MERGED, COLUMNS, STEP, ROTATE, PDL,
+        HAS_TIER, HAS_IMPORTANT, BLOCK, MERGED, COLUMNS, STEP, ROTATE, PDL,
     )  # fmt: skip
     real = row < batch * (KV_HEADS * RATIO * NEW)
     target = RESULT + _row_offset(row, KV_HEADS * RATIO, NEW, stride_ob, stride_oh, stride_on)
@@ -53,8 +54,8 @@ def _merged(
     PARTS, STATE, ROTATION, batch, length, programs, slots,
     KV_HEADS: tl.constexpr, RATIO: tl.constexpr, NEW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, BATCH: tl.constexpr, UNIT: tl.constexpr, HAS_TIER: tl.constexpr,
-    BLOCK: tl.constexpr, MERGED: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, ROTATE: tl.constexpr,
-    PDL: tl.constexpr,
+    HAS_IMPORTANT: tl.constexpr, BLOCK: tl.constexpr, MERGED: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    ROTATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """(fp32 [MERGED, COLUMNS], its rows, its channels): (tier @ R^T + dense) / sum of weights. Whoever calls it stores
     it: Inductor's template with what it has fused behind."""
@@ -107,6 +108,20 @@ def _merged(
             tier_out, tier_m, tier_total = _add_parts(
                 tier_out, tier_m, tier_total, tier_place, i * STEP, tier_count, inner, D, SLOT, STEP
             )
+        if HAS_IMPORTANT:
+            # Stored alike, so that both are one sum before it is rotated back.
+            _, _, units = _units(STATE + SECOND, batch_row, 0, batch, UNIT, BLOCK, HAS_TIER)
+            _, _, units_here = _units(STATE + SECOND, b, 0, batch, UNIT, BLOCK, HAS_TIER)
+            share = tl.maximum(_share(units, ITEMS, programs), 1)
+            before = tl.sum(tl.where(batch_row[None, :] < b[:, None], units[None, :], 0), 1)
+            start = before * ITEMS + item * units_here
+            second = start // share
+            count = tl.where(real & (units_here > 0), (start + units_here + share - 1) // share - second, 0)
+            place += (2 * slots + second - first) * SLOT
+            for i in range(0, tl.max(count, 0), STEP):
+                tier_out, tier_m, tier_total = _add_parts(
+                    tier_out, tier_m, tier_total, place, i, count, inner, D, SLOT, STEP
+                )
         top = _finite_max(tl.maximum(m, tier_m))
         weight = tl.exp2(m - top)
         tier_weight = tl.exp2(tier_m - top)

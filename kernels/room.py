@@ -20,11 +20,12 @@ from .compress import _launches, _signs, pack_block
 from .flush import PART, leaving, move_head_up
 from .jit import dot_precision, operand_dtype
 from .packing import BLOCK, WORD_BITS, GroupAxis
+from .state import STATE_COLUMNS
 from .tuning import compress_tuning
 
-FIELDS = 5
-"""Columns of a table: the addresses of codes, scale, zero, dense and state. A row per layer's keys, then per layer's
-values."""
+FIELDS = 6
+"""Columns of a table: the addresses of codes, scale, zero, dense, state and balancer. A row per layer's keys, then per
+layer's values."""
 
 _tables: dict[tuple[int, ...], Tensor] = {}
 """Tables by the addresses in them. A captured graph reads its table for as long as it is replayed, so a table lives as
@@ -40,7 +41,7 @@ def table_of(keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]
     name = tuple(t.data_ptr() for tensors in (*keys, *values) for t in tensors)
     if name in _tables:
         return _tables[name]
-    state = keys[0][-1]
+    state = keys[0][4]
     if state.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("Run one decode step on this MiniKVCache before a step is captured in a CUDA graph.")
     table = torch.tensor(name, dtype=torch.int64, device=state.device)
@@ -51,25 +52,27 @@ def table_of(keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]
 
 @triton.jit(do_not_specialize=["n", "batch"])
 def _count_kernel(
-    TABLE, PLAN, SEEN, n, capacity, pinned, window, blocks, batch,
+    TABLE, PLAN, SEEN, n, capacity, room, window, blocks, batch,
     FIELDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS rows of one layer's keys or values. It counts `n` more tokens, and what will leave, in the state.
 
-    PLAN int32 [2 * layers, 3, batch]: as of `flush.plan`. SEEN int32 [2 * layers, batch, capacity]: zeros where a row
+    PLAN int32 [2 * layers, 4, batch]: as of `flush.plan`. SEEN int32 [2 * layers, batch, capacity]: zeros where a row
     flushes.
     """
     layer = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     real = row < batch
-    state = tl.load(TABLE + layer * FIELDS + FIELDS - 1).to(tl.pointer_type(tl.int32)) + row * 3
+    state = tl.load(TABLE + layer * FIELDS + 4).to(tl.pointer_type(tl.int32)) + row * STATE_COLUMNS
     in_dense = -tl.load(state, mask=real, other=0)
     in_tier = tl.load(state + 2, mask=real, other=0)
-    gone = leaving(in_dense, n, capacity, pinned, window, blocks, BLOCK)
-    plan = PLAN + layer * 3 * batch + row
+    pinned = tl.load(state + 4, mask=real, other=0)
+    gone = leaving(in_dense, pinned, n, room, window, blocks, BLOCK)
+    plan = PLAN + layer * 4 * batch + row
     tl.store(plan, gone, mask=real)
     tl.store(plan + batch, in_tier // BLOCK, mask=real)
     tl.store(plan + 2 * batch, in_dense, mask=real)
+    tl.store(plan + 3 * batch, pinned, mask=real)
     tl.store(state, gone - in_dense - n, mask=real)
     tl.store(state + 2, in_tier + gone, mask=real)
     if tl.max(gone, 0) > 0:
@@ -82,17 +85,17 @@ def _count_kernel(
 
 @triton.jit(do_not_specialize=["batch", "first_layer", "capacity", "blocks"])
 def _flush_kernel(
-    TABLE, PLAN, SEEN, SIGNS, SIZES, batch, first_layer, pinned, capacity, blocks, inset,
+    TABLE, PLAN, SEEN, SIGNS, SIZES, batch, first_layer, capacity, blocks, inset,
     FIELDS: tl.constexpr, VALUE: tl.constexpr, META: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, CHUNKS: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    TOKEN_AXIS: tl.constexpr, KEY_LAYOUT: tl.constexpr, ROTATE: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
-    SLICES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr,
+    TOKEN_AXIS: tl.constexpr, KEY_LAYOUT: tl.constexpr, ROTATE: tl.constexpr, BALANCE: tl.constexpr, LIMIT: tl.constexpr,
+    BLOCK: tl.constexpr, SLICES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """One program: one head of one row of one layer. `blocks`: capacity of the tiers. CHUNKS: (first channel, channels)."""
     layer = first_layer + tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
     row = tl.program_id(1).to(tl.int64)
-    plan = PLAN + layer * 3 * batch + row
+    plan = PLAN + layer * 4 * batch + row
     gone = tl.load(plan)
     if gone > 0:
         fields = TABLE + layer * FIELDS
@@ -101,16 +104,17 @@ def _flush_kernel(
         zero = tl.load(fields + 2).to(tl.pointer_type(META))
         dense = tl.load(fields + 3).to(tl.pointer_type(VALUE))
         state = tl.load(fields + 4).to(tl.pointer_type(tl.int32))
-        first_block = tl.load(plan + batch)
+        balancer = tl.load(fields + 5).to(tl.pointer_type(tl.float32))
+        first_block, pinned = tl.load(plan + batch), tl.load(plan + 3 * batch)
         for source in range(0, gone // BLOCK):
             filled = source >= 0
             written = first_block + source < blocks
             for i in tl.static_range(len(CHUNKS)):
                 pack_block(
-                    dense, dense, SIGNS, SIZES, codes, scale, zero, SEEN + layer * batch * capacity, state + 1, source,
-                    first_block + source, head, CHUNKS[i][0], row, filled, written, HEADS * capacity * D, capacity * D, D,
-                    3, capacity, pinned, 0, blocks, inset, HEADS, D, DP, CHUNKS[i][1], STEP, BITS, GROUP, TOKEN_AXIS,
-                    KEY_LAYOUT, False, ROTATE, True, LIMIT, BLOCK, SLICES, OPERAND, PRECISION,
+                    dense, dense, balancer, SIGNS, SIZES, codes, scale, zero, SEEN + layer * batch * capacity, state + 1,
+                    source, first_block + source, head, CHUNKS[i][0], row, filled, written, HEADS * capacity * D, capacity * D,
+                    D, STATE_COLUMNS, capacity, pinned, 0, blocks, inset, HEADS, D, DP, CHUNKS[i][1], STEP, BITS, GROUP,
+                    TOKEN_AXIS, KEY_LAYOUT, False, ROTATE, BALANCE, True, LIMIT, BLOCK, SLICES, OPERAND, PRECISION,
                 )  # fmt: skip
         tl.debug_barrier()  # nothing moves before all threads have read
         base = dense + (row * HEADS + head) * capacity * D
@@ -118,24 +122,25 @@ def _flush_kernel(
 
 
 def make_room(
-    keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]], n: int, pinned: int, window: int, bits: int,
-    groups: tuple[int, int], axes: tuple[GroupAxis, GroupAxis], rotation: Tensor | None, clip: float,
+    keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]], n: int, room: int, window: int, bits: int,
+    groups: tuple[int, int], axes: tuple[GroupAxis, GroupAxis], rotation: Tensor | None, balanced: bool, clip: float,
 ) -> None:  # fmt: skip
     """Count `n` more tokens in the states of every layer, and flush the rows that could not hold them, in place.
 
     Args:
-        keys, values: codes, scale, zero, dense, state of each layer, contiguous and alike, the offset in a state minus the
-            tokens of its dense region.
+        keys, values: codes, scale, zero, dense, state and balancer of each layer, contiguous and alike, the offset in a
+            state minus the tokens of its dense region. Where not `balanced`, and for values, the last is anything.
+        room: tokens of a dense region behind the pinned ones.
         groups, axes: of the keys and of the values.
     """
     dense = keys[0][3]
     layers, (batch, heads, capacity, dim) = len(keys), dense.shape
     table, device = table_of(keys, values), dense.device
-    plan = torch.empty(2 * layers, 3, batch, dtype=torch.int32, device=device)
+    plan = torch.empty(2 * layers, 4, batch, dtype=torch.int32, device=device)
     seen = torch.empty(2 * layers, batch, capacity, dtype=torch.int32, device=device)
     rows = min(32, triton.next_power_of_2(batch))
     _count_kernel[2 * layers, triton.cdiv(batch, rows)](
-        table, plan, seen, n, capacity, pinned, window, (capacity - pinned - window) // BLOCK, batch,
+        table, plan, seen, n, capacity, room, window, (room - window) // BLOCK, batch,
         FIELDS=FIELDS, ROWS=rows, BLOCK=BLOCK, num_warps=1,
     )  # fmt: skip
     codes, scale = keys[0][:2]
@@ -147,11 +152,11 @@ def make_room(
             for first, channels, parts in _launches(dim, layout) for part in range(parts)
         )  # fmt: skip
         _flush_kernel[layers * heads, batch](
-            table, plan, seen, signs, sizes, batch, i * layers, pinned, capacity, codes.shape[2], (1 - clip) / 2,
+            table, plan, seen, signs, sizes, batch, i * layers, capacity, codes.shape[2], (1 - clip) / 2,
             FIELDS=FIELDS, VALUE=_element(dense), META=_element(scale), HEADS=heads, D=dim, DP=padded, CHUNKS=chunks,
             STEP=min(padded, tuning.contracted), BITS=bits, GROUP=groups[i], TOKEN_AXIS=axes[i] == "token",
-            KEY_LAYOUT=layout == "key", ROTATE=rotation is not None, LIMIT=torch.finfo(scale.dtype).max, BLOCK=BLOCK,
-            SLICES=WORD_BITS // bits, OPERAND=operand_dtype(dense.dtype), PRECISION=dot_precision(dense.dtype), PART=PART,
+            KEY_LAYOUT=layout == "key", ROTATE=rotation is not None, BALANCE=balanced and layout == "key",
+            LIMIT=torch.finfo(scale.dtype).max, BLOCK=BLOCK, SLICES=WORD_BITS // bits, OPERAND=operand_dtype(dense.dtype), PRECISION=dot_precision(dense.dtype), PART=PART,
             num_warps=tuning.warps, num_stages=1, maxnreg=tuning.registers,
         )  # fmt: skip
 

@@ -18,9 +18,11 @@ from torch.library import custom_op
 from torch.utils._pytree import tree_map_only
 
 from . import compat, fixed, ops
+from .balancer import query_range
 from .cache import MiniKVLayer
 from .config import MiniKVConfig
-from .ops import IN_TIER, OFFSET, READS_HOST
+from .kernels.state import IN_IMPORTANT, IN_TIER, OFFSET, PINNED
+from .ops import READS_HOST
 
 aten = torch.ops.aten
 SEQ = 2
@@ -118,11 +120,13 @@ def prompt_or_extend(
     """
     if int(start):
         return fixed.extend_attention(q, k, v, key, value, length, padding, None, None, scale, config)
-    observed = MiniKVConfig.from_json(config).observed_queries
+    settings = MiniKVConfig.from_json(config)
+    observed = settings.observed_queries
     out, scores = ops.prefill_attention(q, k, v, None, None, scale, observed)
     scores = None if observed is None else scores
     fixed.store_prompt(
-        k, v, scores, None, None, key, value, important, kept, length, padding, place, count, max_length, config
+        k, v, scores, None, None, key, value, important, kept, length, padding, place, count, max_length, config,
+        query_range(q, k, None, None) if settings.balances else None,
     )  # fmt: skip
     return out
 
@@ -149,16 +153,17 @@ def seek(
     settings = MiniKVConfig.from_json(config)
     position = position.reshape(())
     removed, again = length - position, position == 0
-    in_tier = key_state[:, IN_TIER]
-    unquantized = (fixed.used(key_state) - settings.pinned * (in_tier > 0)).min()
+    packed = key_state[:, IN_TIER] + key_state[:, IN_IMPORTANT] > 0
+    unquantized = (fixed.used(key_state) - key_state[:, PINNED] * packed).min()
     if settings.drops:  # how many of them belong to the prompt, the device would have to count
         unquantized = torch.zeros_like(unquantized)
     fits = (removed >= 0) & (again | (removed <= unquantized)) & (position < max_length)
     fixed.require(fits, OUT_OF_PLACE)
     for state in (key_state, value_state):
         state[:, OFFSET] += removed.to(state.dtype)
-        state.mul_(~again)
-    important.copy_(torch.where(again, fixed.first_tokens(settings, important.device), important))
+        state.copy_(torch.where(again, fixed.empty_state(settings, state.shape[0], state.device), state))
+    first = fixed.first_tokens(settings, max_length, important.device)
+    important.copy_(torch.where(again, first, important))
     kept.mul_(~again)
     length.copy_(position)
 

@@ -18,7 +18,8 @@ from transformers.cache_utils import (
 
 from . import compat, fixed
 from .config import MiniKVConfig
-from .ops import OFFSET, ROLES
+from .kernels.state import OFFSET
+from .ops import ROLES
 from .tensor import FORMAT, KVTensor, report_prompt
 
 minikv = torch.ops.minikv
@@ -29,7 +30,7 @@ class MiniKVLayer(CacheLayerMixin):
 
     Tensors, at addresses that stay:
         key, value: those of a `KVTensor`, see `fixed.names`.
-        important: int32 [batch, kv_heads, config.important], as in a `KVTensor`.
+        important: int32 [batch, kv_heads, most], as in a `KVTensor`.
         kept: uint8 [batch, kv_heads, ceil(max_cache_len / 8)], one bit per prompt token.
         length: int64 []. padding: int64 [batch], tokens of `length` that are padding.
     """
@@ -52,7 +53,7 @@ class MiniKVLayer(CacheLayerMixin):
                 fixed.allocate(config, role, batch_size, kv_heads, max_cache_len, head_dim, dtype, device)
                 for role in ROLES
             )
-            self.important = fixed.first_tokens(config, device).repeat(batch_size, kv_heads, 1)
+            self.important = fixed.first_tokens(config, max_cache_len, device).repeat(batch_size, kv_heads, 1)
             self.kept = torch.zeros(batch_size, kv_heads, -(-max_cache_len // 8), dtype=torch.uint8, device=device)
             self.length = torch.zeros((), dtype=torch.int64, device=device)
             self.padding = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -122,7 +123,7 @@ class MiniKVLayer(CacheLayerMixin):
         return self._view("value") if self.filled else None
 
     def _view(self, role: str) -> KVTensor:
-        tensors = dict(zip(fixed.names(self.config), getattr(self, role), strict=True), kept=self.kept)
+        tensors = dict(zip(fixed.names(self.config, role), getattr(self, role), strict=True), kept=self.kept)
         if self.config.pins:
             tensors["important"] = self.important
         tensors["state"] = tensors["state"].clone()
@@ -135,9 +136,11 @@ class MiniKVLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget the tokens and keep the storages: what was captured on them can be replayed."""
         self.filled = False
-        for tensor in (self.key[fixed.STATE], self.value[fixed.STATE], self.length, self.padding):
+        for state in (self.key[fixed.STATE], self.value[fixed.STATE]):
+            state.copy_(fixed.empty_state(self.config, self.batch_size, state.device))
+        for tensor in (self.length, self.padding):
             tensor.zero_()
-        self.important.copy_(fixed.first_tokens(self.config, self.important.device))
+        self.important.copy_(fixed.first_tokens(self.config, self.max_cache_len, self.important.device))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in another order, in place."""

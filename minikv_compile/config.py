@@ -12,15 +12,22 @@ from .kernels.packing import BLOCK, value_group
 from .policy import KEEP_ALL, LAYER_BUDGETS, POLICIES, Policy, check_policy
 from .rotation import ROTATIONS
 
+MIKV = dict(
+    group=0.5, key_axis="channel", rotation="none", balancer="mikv", sinks=0, important=0.2, importance="heavy_hitter",
+)  # fmt: skip
 PRESETS: dict[str, dict] = {
     "default": {},
     "minikv": dict(
         group=16, rotation="none", sinks=0, important=0, window=0, policy="heavy_hitter", heavy=0.25, recent=0.25,
         layer_budget="pyramid",
     ),
+    "mikv": MIKV,
+    "mikv4": {**MIKV, "important_bits": 4},
     "lossless": dict(bits=16, rotation="none", sinks=0, important=0, window=0),
 }  # fmt: skip
 
+
+BALANCERS = ("none", "mikv")
 
 MAX_DENSE = 65536
 """Most sinks, important tokens, and tokens of a window."""
@@ -39,20 +46,32 @@ class MiniKVConfig:
 
     bits: int = 2
     """Bits of a code: 2, 4 or 8; 16 keeps every token in the model's dtype (rewriting on, compression off)."""
-    group: int = 128
-    """Values that share one scale and one zero: 16, 32, 64 or 128. Keys: tokens of one channel. Values: channels of
-    one token; a head dimension that `group` does not divide takes the largest power of two that does. (MiniKV
-    section 3.3: 16; KIVI, arXiv 2402.02750: 32.)"""
+    group: int | float = 128
+    """Values that share one scale and one zero: 16, 32, 64 or 128. Keys: see `key_axis`. Values: channels of one token; a
+    head dimension that `group` does not divide takes the largest power of two that does. (MiniKV section 3.3: 16; KIVI,
+    arXiv 2402.02750: 32.) A float is a share of the head dimension (MiKV section 4: 0.5); keys then need the axis
+    "channel"."""
+    key_axis: str = "token"
+    """What a group of keys lies along: "token", so that its values are of one channel (KIVI), or "channel", so that they are
+    of one token (MiKV)."""
     clip: float = 1.0
     """The share of a group's min-max range that its codes span, in (0, 1]. Less than 1 lowers the mean error, and so
     far lost answers (docs/design.md)."""
     rotation: str = "hadamard"
     """Orthogonal rotation of the head dimension before quantizing: "none" or "hadamard" (QuaRot, arXiv 2404.00456)."""
+    balancer: str = "none"
+    """What is done about key channels that are larger than others: "none", or "mikv": before they are quantized and rotated,
+    keys are multiplied by sqrt(max |q| / max |k|) of each channel, over the first prompt, and queries divided by it
+    (MiKV, arXiv 2402.18096, section 3.3). Unquantized tokens are not touched."""
     sinks: int = 4
     """First tokens of each row, held unquantized (StreamingLLM, arXiv 2309.17453), in tokens."""
-    important: int = 64
-    """Prompt tokens of each KV head, the most important ones, that are held unquantized beside the sinks (MiKV, arXiv
-    2402.18096, section 3.2: its important tier), in tokens."""
+    important: int | float = 64
+    """Prompt tokens of each KV head, the most important ones, that are not demoted to `bits` (MiKV, arXiv 2402.18096, section
+    3.2: its important tier). An int is tokens, beside the sinks. A float is a share of the prompt, in which sinks, window
+    and buffer, MiKV's recent tokens, count: that share of a prompt's slots is not of `bits`."""
+    important_bits: int = 16
+    """Bits of the important tokens: 16 holds them unquantized beside the sinks; 8 or 4 make them a tier of their own, in
+    whole blocks of 128 tokens."""
     importance: str = "key_outlier"
     """Which ones: those with the highest scores of a `Policy` (policy.py), a name or an object as in `policy`, of the tokens
     that would be packed otherwise. A prompt in parts is asked for its first part only, and what is generated never."""
@@ -102,14 +121,28 @@ class MiniKVConfig:
         check(isinstance(self.skip_layers, (tuple, list)), "skip_layers", "a tuple of layer indices")
         object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
         check(count(self.bits) and self.bits in (2, 4, 8, 16), "bits", "2, 4, 8 or 16")
-        check(count(self.group) and self.group in (16, 32, 64, 128), "group", "16, 32, 64 or 128 values")
+        check(
+            count(self.group) and self.group in (16, 32, 64, 128) or isinstance(self.group, float) and 0 < self.group <= 1,
+            "group", "16, 32, 64 or 128 values, or a share of the head dimension in (0.0, 1.0]",
+        )  # fmt: skip
+        check(self.key_axis in ("token", "channel"), "key_axis", '"token" or "channel"')
+        check(
+            isinstance(self.group, int) or self.key_axis == "channel",
+            "key_axis", '"channel" where `group` is a share of the head dimension',
+        )  # fmt: skip
+        check(self.balancer in BALANCERS, "balancer", f"one of {', '.join(BALANCERS)}")
+        check(count(self.important_bits) and self.important_bits in (4, 8, 16), "important_bits", "4, 8 or 16")
         check(
             type(self.clip) in (int, float) and 0 < self.clip <= 1, "clip", "a share of the range in (0, 1]",
         )  # fmt: skip
         check(self.rotation in list(ROTATIONS), "rotation", f"one of {', '.join(ROTATIONS)}")
-        for name in ("sinks", "important", "window"):  # every row of every layer has room for them from the start
+        for name in ("sinks", "window"):  # every row of every layer has room for them from the start
             ok = count(getattr(self, name)) and getattr(self, name) <= MAX_DENSE
             check(ok, name, f"a number of tokens from 0 to {MAX_DENSE}")
+        check(
+            share(self.important) and self.important <= MAX_DENSE,
+            "important", f"a share of the prompt in [0.0, 1.0] or a number of tokens from 0 to {MAX_DENSE}",
+        )  # fmt: skip
         check(
             count(self.buffer) and self.buffer >= BLOCK and self.buffer % BLOCK == 0,
             "buffer", f"a positive multiple of {BLOCK} tokens",
@@ -147,6 +180,10 @@ class MiniKVConfig:
             "skip_layers", "a tuple of layer indices",
         )  # fmt: skip
         check(count(self.min_prompt), "min_prompt", "a number of tokens, 0 or more")
+        check(
+            self.min_prompt == 0 or isinstance(self.important, int),
+            "min_prompt", "0 where `important` is a share of the prompt",
+        )  # fmt: skip
         check(isinstance(self.strict, bool), "strict", "True or False")
         check(
             not (self.bits == 16 and self.policy != KEEP_ALL),
@@ -164,6 +201,9 @@ class MiniKVConfig:
           About 17% of dense at 8K.
         - `minikv`: the paper's arithmetic and budgets (MiniKV section 4): 2 bits, group 16, 25% heavy hitters + 25%
           recent, pyramid of depth 7. About 14% at 8K. Drops half of the prompt: facts can be lost.
+        - `mikv`: MiKV's (section 4): 20% of the prompt, heavy hitters and the newest, at 16 bits, the rest at 2, in groups of
+          half a head along channels, balanced; nothing dropped. 32.5% of dense (head_dim 128), 35% (64).
+        - `mikv4`: the same with heavy hitters at 4 bits. 18% of dense (head_dim 128), 21% (64), and the newest tokens.
         - `lossless`: everything in the model's dtype: the rewriting without the compression.
 
         Raises:
@@ -175,26 +215,63 @@ class MiniKVConfig:
 
     @property
     def share_of_dense(self) -> float:
-        """Bytes of a long prompt's cache, in the long run, as a share of a dense 16-bit one: codes and metadata of what is
-        kept, without window and counters. Budgets in tokens count as everything."""
+        """Bytes of a long prompt's cache, in the long run, as a share of a dense 16-bit one with heads of 128: codes and
+        metadata of what is kept, without window and counters. Budgets in tokens count as everything, important ones as
+        nothing."""
+        if self.bits == 16:
+            return 1.0
         kept = [part if isinstance(part, float) else 1.0 for part in (self.heavy, self.recent)]
-        bits = 16 if self.bits == 16 else self.bits + 2 * 16 / self.group
+        metadata = 2 * 16 / self.value_group(128)
+        important = self.important if isinstance(self.important, float) else 0.0
+        important_bits = 16 if self.important_bits == 16 else self.important_bits + metadata
+        bits = important * important_bits + (1 - important) * (self.bits + metadata)
         return bits / 16 * (min(sum(kept), 1.0) if self.drops else 1.0)
 
     @property
-    def capacity(self) -> int:
-        """Tokens of the dense region of a compressed row: sinks, important tokens, window and buffer."""
-        return self.pinned + self.window + self.buffer
+    def room(self) -> int:
+        """Tokens of the dense region behind the pinned ones: window and buffer."""
+        return self.window + self.buffer
 
-    @property
-    def pinned(self) -> int:
-        """Tokens at the front of the dense region that no flush moves: sinks and important ones."""
-        return self.sinks + self.important
+    def important_tokens(self, prompt: int = 0, kept: int | None = None) -> int:
+        """Important tokens of each KV head of a row.
+
+        Args:
+            prompt: its tokens; 0 where nothing of it will be packed. kept: how many of them are kept; None for all.
+        """
+        if not self.pins:
+            return 0
+        kept = prompt if kept is None else kept
+        count = self.important
+        if isinstance(self.important, float):
+            around = self.sinks + self.room
+            count = max(0, min(round(self.important * prompt), kept) - around)
+        if self.important_bits == 16:
+            return count
+        return min((count + BLOCK // 2) // BLOCK, max(0, kept - self.sinks - self.window) // BLOCK) * BLOCK
+
+    def pinned(self, important: int) -> int:
+        """Tokens at the front of the dense region that no flush moves, where so many are important."""
+        return self.sinks + (important if self.important_bits == 16 else 0)
 
     @property
     def pins(self) -> bool:
         """Whether important tokens are held apart."""
         return self.important > 0 and self.bits < 16
+
+    @property
+    def two_tiers(self) -> bool:
+        """Whether important tokens are a tier of their own."""
+        return self.pins and self.important_bits < 16
+
+    @property
+    def counts_vary(self) -> bool:
+        """Whether rows can differ in how many tokens are important."""
+        return self.pins and (isinstance(self.important, float) or self.two_tiers)
+
+    @property
+    def balances(self) -> bool:
+        """Whether keys are balanced."""
+        return self.balancer != "none" and self.bits < 16
 
     @property
     def drops(self) -> bool:
@@ -213,8 +290,10 @@ class MiniKVConfig:
         return ([self.policy] if self.drops else []) + ([self.importance] if self.pins else [])
 
     def value_group(self, head_dim: int) -> int:
-        """Channels that share a value's scale and zero."""
-        return value_group(self.group, head_dim)
+        """Channels that share a scale and a zero."""
+        if isinstance(self.group, int):
+            return value_group(self.group, head_dim)
+        return value_group(min(max(16, 1 << int(self.group * head_dim).bit_length() - 1), 128), head_dim)
 
     def __repr__(self) -> str:
         changed = (f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)

@@ -16,9 +16,12 @@ from torch.library import custom_op
 
 from . import compat, ops
 from .config import MiniKVConfig
-from .kernels import attend, room
+from .kernels import attend
+from .kernels.important import NO_TOKEN
 from .kernels.packing import BLOCK, metadata_dtype
-from .ops import IN_TIER, OFFSET, READS_HOST, ROLES, grouping, without_autocast
+from .kernels.room import make_room as make_room_triton
+from .kernels.state import COLUMNS, OFFSET, PINNED
+from .ops import MIN_BLOCKS, READS_HOST, ROLES, grouping, stored_tokens, without_autocast
 from .policy import POLICIES
 from .rotation import rotation_matrix
 
@@ -28,9 +31,9 @@ VERY_NEGATIVE = -1e4
 """What is added to the logit of a key that is not seen is at most this."""
 
 
-def names(config: MiniKVConfig) -> list[str]:
+def names(config: MiniKVConfig, role: str) -> list[str]:
     """Of the tensors that hold a layer's keys, or its values."""
-    return [*(("codes", "scale", "zero") if config.bits < 16 else ()), "dense", "state"]
+    return [*ops.tier_names(config, role), "dense", "state"]
 
 
 DENSE, STATE = -2, -1
@@ -44,23 +47,49 @@ def allocate(
     """Zeros for `max_length` tokens, in the order of `names`."""
     lead, made = (batch, heads), []
     if config.bits < 16:
-        blocks = max(max_length - config.pinned - config.window, BLOCK) // BLOCK
+        # Where important tokens are a share, a short prompt has few, and what follows it is packed.
+        blocks = max(max_length - least_pinned(config) - config.window, BLOCK) // BLOCK
         dtypes = torch.int16, metadata_dtype(dtype), metadata_dtype(dtype)
-        shapes = ops.tier_shapes(config, role, blocks, dim)
-        made = [torch.zeros(*lead, *shape, dtype=t, device=device) for shape, t in zip(shapes, dtypes, strict=True)]
-    dense = torch.zeros(*lead, _dense_capacity(config, max_length), dim, dtype=dtype, device=device)
-    return [*made, dense, torch.zeros(batch, 3, dtype=torch.int32, device=device)]
+        shapes = [*zip(ops.tier_shapes(config, role, blocks, dim, config.bits), dtypes, strict=True)]
+        if config.two_tiers:
+            blocks = max(config.important_tokens(max_length) // BLOCK, MIN_BLOCKS)
+            shapes += zip(ops.tier_shapes(config, role, blocks, dim, config.important_bits), dtypes, strict=True)
+        made = [torch.zeros(*lead, *shape, dtype=t, device=device) for shape, t in shapes]
+        made += [torch.ones(*lead, dim, device=device)] * (config.balances and role == "key")
+        capacity = config.pinned(config.important_tokens(max_length)) + config.room
+        if config.min_prompt:  # a shorter prompt stays whole
+            capacity = ops.dense_capacity(config, min(config.min_prompt, max_length), least_pinned(config))
+    else:
+        capacity = max_length
+    dense = torch.zeros(*lead, capacity, dim, dtype=dtype, device=device)
+    return [*made, dense, empty_state(config, batch, device)]
 
 
-def _dense_capacity(config: MiniKVConfig, max_length: int) -> int:
-    # A prompt shorter than `min_prompt` stays whole.
-    return max_length if config.bits == 16 else ops.dense_capacity(config, min(config.min_prompt, max_length))
+def room(config: MiniKVConfig, capacity: int) -> int:
+    """Tokens of a dense region behind the pinned ones, as many in each row."""
+    # Where important tokens are a share of the prompt, the region has space for those of the longest one.
+    return config.room if isinstance(config.important, float) else capacity - least_pinned(config)
 
 
-def first_tokens(config: MiniKVConfig, device: torch.device) -> Tensor:
-    """int32 [config.important]: the important tokens of rows without a prompt: as long as nothing is packed, all tokens lie
-    in their order."""
-    return torch.arange(config.sinks, config.pinned, dtype=torch.int32, device=device)
+def least_pinned(config: MiniKVConfig) -> int:
+    """Pinned tokens of a row without a prompt."""
+    return config.pinned(config.important_tokens())
+
+
+def empty_state(config: MiniKVConfig, batch: int, device: torch.device) -> Tensor:
+    """That of rows without a prompt."""
+    state = torch.zeros(batch, COLUMNS, dtype=torch.int32, device=device)
+    state[:, PINNED] = least_pinned(config)
+    return state
+
+
+def first_tokens(config: MiniKVConfig, max_length: int, device: torch.device) -> Tensor:
+    """int32 [most]: the important tokens of rows without a prompt: as long as nothing is packed, all tokens lie in their
+    order."""
+    most = config.important_tokens(max_length)
+    most = max(most, MIN_BLOCKS) if config.counts_vary else most
+    first = torch.arange(config.sinks, config.sinks + most, dtype=torch.int32, device=device)
+    return torch.where(first < config.sinks + config.important_tokens(), first, NO_TOKEN)
 
 
 def used(state: Tensor) -> Tensor:
@@ -79,14 +108,14 @@ def bits_of(mask: Tensor) -> Tensor:
 def store_prompt(
     k: Tensor, v: Tensor, scores: Tensor | None, order: Tensor | None, lengths: Tensor | None, key: list[Tensor],
     value: list[Tensor], important: Tensor, kept: Tensor, length: Tensor, padding: Tensor, place: int, count: int, max_length: int,
-    config: str,
+    config: str, q_range: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Compress a prompt into storages that hold nothing that is still needed.
 
     Args:
-        k, v, scores, order, lengths, config: as for `minikv::compress`.
+        k, v, scores, order, lengths, config, q_range: as for `minikv::compress`.
         key, value: the layer's tensors, see `names`.
-        important: int32 [batch, kv_heads, config.important]. kept: uint8 [batch, kv_heads, ceil(max_length / 8)]: one bit
+        important: int32 [batch, kv_heads, most]. kept: uint8 [batch, kv_heads, ceil(max_length / 8)]: one bit
             per prompt token.
         length: int64 []: logical tokens. padding: int64 [batch]: how many of them are padding.
         place, count: of the layer among those that share a budget, and their number.
@@ -106,20 +135,22 @@ def store_prompt(
         )
     if seq > max_length:
         raise ValueError(f"MiniKVCache: a prompt of {seq} tokens, but room for {max_length}: raise max_cache_len.")
-    packs = seq >= max(settings.min_prompt, settings.pinned + settings.window + BLOCK)
-    if packs and settings.observed_queries is not None and scores is None:
+    packs = seq >= max(settings.min_prompt, least_pinned(settings) + settings.window + BLOCK)
+    if packs and ((settings.observed_queries is not None and scores is None) or (settings.balances and q_range is None)):
         drops = settings.drops and POLICIES[settings.policy].observes != "nothing"
-        looks = settings.policy if drops else settings.importance
+        looks = f"the policy {settings.policy if drops else settings.importance!r}"
+        looks = looks if settings.observed_queries is not None else f"the balancer {settings.balancer!r}"
         raise ValueError(
-            f"MiniKVCache: the policy {looks!r} looks at the prompt's attention, so the prefill must run through the minikv "
+            f"MiniKVCache: {looks} looks at the prompt's attention, so the prefill must run through the minikv "
             "backend too: model.compile(backend=...) and generate(..., disable_compile=True). (With a CompileConfig, "
             "generate runs the prefill eagerly.)"
         )
-    made = ops.compress_prompt(k, v, scores, order, lengths, place, count, config)
-    fields = ops.fields(settings, lengths is not None)
-    for tensors, part in ((key, made[: len(fields)]), (value, made[len(fields) :])):
-        parts = dict(zip(fields, part, strict=True))
-        for name, tensor in zip(names(settings), tensors, strict=True):
+    if settings.balances and q_range is None:  # nothing is packed, and nothing will be balanced
+        q_range = torch.full((batch, heads, dim), torch.nan, device=k.device)
+    made = iter(ops.compress_prompt(k, v, scores, order, lengths, place, count, config, q_range))
+    for role, tensors in zip(ROLES, (key, value), strict=True):
+        parts = {name: next(made) for name in ops.fields(settings, role, lengths is not None)}
+        for name, tensor in zip(names(settings, role), tensors, strict=True):
             if name == "state":
                 tensor.copy_(parts[name])
                 tensor[:, OFFSET] -= seq
@@ -127,7 +158,8 @@ def store_prompt(
                 stored = min(tensor.shape[2], parts[name].shape[2])
                 tensor[:, :, :stored] = parts[name][:, :, :stored]
     if settings.pins:
-        important.copy_(parts["important"])
+        stored = min(important.shape[2], parts["important"].shape[2])
+        important.fill_(NO_TOKEN)[:, :, :stored] = parts["important"][:, :, :stored]
     bits = parts["kept"] if "kept" in parts else bits_of(k.new_ones(batch, heads, seq, dtype=torch.bool))
     kept.zero_()
     kept[..., : bits.shape[-1]] = bits
@@ -136,7 +168,7 @@ def store_prompt(
 
 
 @store_prompt.register_fake
-def _(k, v, scores, order, lengths, key, value, important, kept, length, padding, place, count, max_length, config):
+def _(k, v, scores, order, lengths, key, value, important, kept, length, padding, place, count, max_length, config, q_range=None):
     return None
 
 
@@ -163,7 +195,9 @@ def make_room(
     settings = MiniKVConfig.from_json(config)
     if max_length is not None:
         check_step(mask, length[0], padding, n, max_length)
-    keys, values = (list(zip(*[iter(held)] * len(names(settings)), strict=True)) for held in (key, value))
+    keys, values = (
+        list(zip(*[iter(held)] * len(names(settings, role)), strict=True)) for role, held in zip(ROLES, (key, value), strict=True)
+    )
     if not keys[0][DENSE].is_cuda or settings.bits == 16:
         for tensors in zip(keys, values, length, strict=True):
             make_room_reference(*tensors, n, settings)
@@ -172,9 +206,11 @@ def make_room(
     groups, axes = zip(*(grouping(settings, role, dim) for role in ROLES), strict=True)
     rotation = rotation_matrix(settings.rotation, dim, key[0].device)
     torch._foreach_add_(length, n)
-    room.make_room(
-        keys, values, n, settings.pinned, settings.window, settings.bits, groups, axes, rotation, settings.clip
-    )
+    keys, values = ([(*t[:3], t[DENSE], t[STATE], t[DENSE - 1]) for t in held] for held in (keys, values))
+    make_room_triton(
+        keys, values, n, room(settings, keys[0][3].shape[2]), settings.window, settings.bits, groups, axes, rotation,
+        settings.balances, settings.clip,
+    )  # fmt: skip
 
 
 @make_room.register_fake
@@ -192,13 +228,22 @@ def make_room_reference(key: list[Tensor], value: list[Tensor], length: Tensor, 
 
 def _flush_full(tensors: list[Tensor], n: int, role: str, config: MiniKVConfig) -> None:
     """Flush the rows whose dense region could not hold `n` more."""
-    *tier, dense, state = tensors
-    capacity = dense.shape[2]
+    space = room(config, tensors[DENSE].shape[2])
     # The host may ask a CPU. On a GPU, programs of the kernel that find nothing to do end at once.
-    if not tier or (not dense.is_cuda and not (used(state) + n > capacity).any()):
+    state = tensors[STATE]
+    if config.bits == 16 or (not state.is_cuda and not (used(state) - state[:, PINNED] + n > space).any()):
         return
-    blocks = (capacity - config.pinned - config.window) // BLOCK
-    ops.flush(*tier, dense, state, 0, n, capacity, blocks, role, config.to_json())
+    _flush(tensors, tensors[DENSE], n, space, space, role, config)
+
+
+def _flush(
+    tensors: list[Tensor], dense: Tensor, n: int, space: int, most: int, role: str, config: MiniKVConfig
+) -> None:
+    """Flush the rows of `dense` that could not hold `n` more in `space` tokens behind the pinned ones; none holds more than
+    `most`."""
+    balancer = tensors[DENSE - 1] if config.balances and role == "key" else None
+    blocks = (most - config.window) // BLOCK
+    ops.flush(*tensors[:3], dense, tensors[STATE], 0, n, space, blocks, role, config.to_json(), balancer)
 
 
 def check_step(mask: Tensor | None, length: Tensor, padding: Tensor, n: int, max_length: int) -> None:
@@ -257,9 +302,9 @@ def extend_attention(
         check_step(mask, length, padding, n, max_length)
     k_dense, v_dense = (_room(t, n, role, settings) for role, t in zip(ROLES, (key, value), strict=True))
     out = attend.attend(
-        q, k, v, tuple(key[:DENSE]) or None, tuple(value[:DENSE]) or None, k_dense, v_dense, key[STATE], n, scale,
-        settings.bits, settings.group, "token", settings.value_group(dim),
-        rotation_matrix(settings.rotation, dim, q.device),
+        q, k, v, k_dense=k_dense, v_dense=v_dense, state=key[STATE], length=n, scale=scale,
+        rotation=rotation_matrix(settings.rotation, dim, q.device),
+        **ops.attended(key[:DENSE], value[:DENSE], settings, dim),
     )  # fmt: skip
     _settle(key, k_dense, n, "key", settings)
     _settle(value, v_dense, n, "value", settings)
@@ -282,11 +327,11 @@ def _room(tensors: list[Tensor], n: int, role: str, config: MiniKVConfig) -> Ten
 
 def _settle(tensors: list[Tensor], dense: Tensor, n: int, role: str, config: MiniKVConfig) -> None:
     """Count the `n` tokens that were appended to `dense` (of `_room`), and bring it back to the storage."""
-    *tier, own, state = tensors
-    state[:, OFFSET] -= n
+    own = tensors[DENSE]
+    tensors[STATE][:, OFFSET] -= n
     if dense is not own:
-        blocks = (dense.shape[2] - config.pinned - config.window) // BLOCK
-        ops.flush(*tier, dense, state, 0, 0, own.shape[2], blocks, role, config.to_json())
+        space = room(config, own.shape[2])
+        _flush(tensors, dense, 0, space, space + n, role, config)
         own.copy_(dense[:, :, : own.shape[2]])
 
 
@@ -347,8 +392,8 @@ def read_dense(
     """[batch, kv_heads, size, head_dim]: the first `size` tokens; zeros for what is not stored."""
     *tier, dense, state = tensors
     important = important if config.pins else None
-    stored = ops.dequantize(*(tier or (None, None, None)), dense, state, important, None, size, role, config.to_json())
-    return ops.place_tokens(stored, ops.tokens_kept(kept, state[:, IN_TIER] + used(state), length, size))
+    stored = ops.dequantize(tier, dense, state, important, None, size, role, config.to_json())
+    return ops.place_tokens(stored, ops.tokens_kept(kept, stored_tokens(state, 0), length, size))
 
 
 @custom_op("minikv::padding_of", mutates_args=(), tags=READS_HOST)

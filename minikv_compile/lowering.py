@@ -24,6 +24,7 @@ from .config import MiniKVConfig
 from .kernels import attend, attention, jit, merge, packing
 from .kernels.attend import BLOCK, MERGE_WARPS, Launches
 from .kernels.tuning import template_tunings
+from .ops import grouping
 from .rotation import rotation_matrix
 
 DEVICES = set() if os.environ.get("MINIKV_TEMPLATES") == "0" else {"cuda"}
@@ -63,8 +64,10 @@ def register() -> None:
 
     def lower(q, k, v, k_tier, v_tier, k_dense, v_dense, state, length, scale, config, padding=None):
         settings = MiniKVConfig.from_json(config)
-        if _applies(q, k, k_dense, v_dense, [*k_tier, *v_tier, state], scale, padding):
-            return _decode(q, k, v, [*k_tier, *v_tier], k_dense, v_dense, state, length, scale, settings)
+        if _applies(q, k, k_dense, v_dense, [*k_tier, *v_tier, state], scale, padding) and not settings.two_tiers:
+            balancer = k_tier[-1] if settings.balances else None
+            tier = [*k_tier[:3], *v_tier]
+            return _decode(q, k, v, tier, k_dense, v_dense, state, length, scale, settings, balancer)
         return opaque(q, k, v, k_tier, v_tier, k_dense, v_dense, state, length, scale, config, padding)
 
     compat.inductor().register_lowering(op, type_promotion_kind=None)(lower)
@@ -85,7 +88,7 @@ def _applies(q: Any, k: Any, k_dense: Any, v_dense: Any, whole: Sequence[Any], s
 
 def _decode(
     q: Any, k: Any, v: Any, tier: list[Any], k_dense: Any, v_dense: Any, state: Any, length: Any, scale: float,
-    config: MiniKVConfig,
+    config: MiniKVConfig, balancer: Any | None,
 ) -> Any:  # fmt: skip
     """The three launches: nodes of Inductor's."""
     inductor, device = compat.inductor(), q.get_device()
@@ -93,11 +96,12 @@ def _decode(
     k_dense, v_dense, state, *tier = (compat.realized(x, unit_last=False) for x in (k_dense, v_dense, state, *tier))
     batch, heads, n, dim = (int(size) for size in q.get_size())
     rotate = config.rotation != "none" and bool(tier)
-    block = attend.block_bytes(dim, config.bits, config.group, config.value_group(dim)) if tier else 0
+    (k_group, k_axis), v_group = grouping(config, "key", dim), config.value_group(dim)
+    block = attend.block_bytes(dim, config.bits, k_group, v_group) if tier else 0
     variants = [
         attend.launches(
-            batch, heads, n, dim, int(k.get_size()[1]), q.get_dtype(), bool(tier), config.bits, config.group, "token",
-            config.value_group(dim), rotate, device, tuning,
+            batch, heads, n, dim, int(k.get_size()[1]), q.get_dtype(), bool(tier), config.bits, k_group, k_axis,
+            v_group, rotate, device, tuning, balancer is not None,
         )
         for tuning in template_tunings(
             triton.next_power_of_2(dim), q.get_dtype().itemsize, block, batch * heads * n, compat.measures()
@@ -114,9 +118,10 @@ def _decode(
 
     factor = empty((to.rows,), torch.float32)
     matrix = compat.constant(lambda: rotation_matrix(config.rotation, dim, device)) if rotate else factor
+    balance = factor if balancer is None else compat.realized(balancer, unit_last=False)
     common = dict(BATCH_SIZE=batch, **to.sizes)
     q_tier, _ = _call(
-        "prepare", [q, k, v, k_dense, v_dense, state, matrix, factor], layout(to.q_tier_shape, to.tier_dtype), [length],
+        "prepare", [q, k, v, k_dense, v_dense, state, matrix, balance, factor], layout(to.q_tier_shape, to.tier_dtype), [length],
         [dict(common, **to.prepare, SCALE=float(scale), ROTATED=to.rotated, GRID=to.prepare_grid, num_warps=4,
               num_stages=1)],
         mutated=[k_dense, v_dense, factor],
@@ -173,7 +178,7 @@ def _state_to_measure(length: Any, capacity: Any, dense: Any) -> Callable[[Any],
     """Makes a state for full regions: random numbers would send a kernel anywhere."""
 
     def make(node: Any) -> Tensor:
-        row = [compat.size_hint(length) - compat.size_hint(dense), 0, compat.size_hint(capacity) * BLOCK]
+        row = [compat.size_hint(length) - compat.size_hint(dense), 0, compat.size_hint(capacity) * BLOCK, 0, 0, 0]
         return torch.tensor([row] * int(node.get_size()[0]), dtype=torch.int32, device=node.get_device())
 
     return make

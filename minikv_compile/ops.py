@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from . import compat
+from .balancer import balancer_of
 from .config import MiniKVConfig
 from .kernels import attend, compress, packing, prefill, scores
 from .kernels import flush as flush_kernels
-from .kernels.important import stored_order
+from .kernels.important import NO_TOKEN, stored_order
 from .kernels.packing import BLOCK, metadata_dtype, words
 from .kernels.select import bitmask
+from .kernels.state import COLUMNS, IN_IMPORTANT, IN_TIER, NOT_FINITE, OFFSET, PINNED
 from .policy import Prompt, important_tokens, select
 from .rotation import rotation_matrix
 
 ROLES = ("key", "value")
-OFFSET, NOT_FINITE, IN_TIER = range(3)
-"""Columns of a state, int32 [batch, 3]: `length - offset` tokens of the row are valid in its dense region (sinks,
-window, buffer); how many stored tokens hold NaN or inf; tokens in the tier."""
 
 MIN_BLOCKS = 2
 """A dimension of size 0 or 1 would be specialised by Dynamo, and its growth would recompile."""
@@ -114,36 +114,69 @@ def _(q, k, v, order, lengths, scale, observed):
     return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
 
 
-def dense_capacity(config: MiniKVConfig, used: int) -> int:
-    """Tokens of a dense region that holds `used`."""
-    if config.bits == 16 or used > config.capacity:
+def dense_capacity(config: MiniKVConfig, used: int, pinned: int) -> int:
+    """Tokens of a dense region that holds `used`, of which `pinned` stay."""
+    if config.bits == 16 or used > pinned + config.room:
         return -(-(used + config.buffer) // BLOCK) * BLOCK
-    return config.capacity
+    return pinned + config.room
 
 
-def blocks_to_flush(used: int, n: int, capacity: int, config: MiniKVConfig) -> int:
-    """Blocks that a row with `used` tokens in its dense region moves to its tier to make room for `n` more."""
-    return max(0, used - config.pinned - config.window) // BLOCK if used + n > capacity else 0
+def blocks_to_flush(used: int, n: int, room: int, config: MiniKVConfig) -> int:
+    """Blocks that a row with `used` tokens in its dense region, pinned ones not counted, moves to its tier to make room for
+    `n` more."""
+    return max(0, used - config.window) // BLOCK if used + n > room else 0
 
 
 def grouping(config: MiniKVConfig, role: str, head_dim: int) -> tuple[int, str]:
     """Group size and axis of the keys or the values."""
-    return (config.group, "token") if role == "key" else (config.value_group(head_dim), "channel")
+    if role == "key" and config.key_axis == "token":
+        return config.group, "token"
+    return config.value_group(head_dim), "channel"
+
+
+def tier_names(config: MiniKVConfig, role: str) -> list[str]:
+    """Names of the tensors that say what the packed keys or values of a `KVTensor` are: codes, scale and zero of the tier,
+    then of the important tier, then the balancer of the keys. Ops take them as one list."""
+    if config.bits == 16:
+        return []
+    names = ["codes", "scale", "zero"]
+    if config.two_tiers:
+        names += [f"important_{name}" for name in names]
+    return names + ["balancer"] * (config.balances and role == "key")
+
+
+def attended(k_tier: Sequence[Tensor], v_tier: Sequence[Tensor], config: MiniKVConfig, dim: int) -> dict[str, Any]:
+    """What `attend` is told of packed tokens but their rotation: by lists of `tier_names`."""
+    k_group, k_axis = grouping(config, "key", dim)
+    important = None
+    if config.two_tiers:
+        important = attend.Important(tuple(k_tier[3:6]), tuple(v_tier[3:6]), config.important_bits)
+    return dict(
+        k_tier=tuple(k_tier[:3]) or None, v_tier=tuple(v_tier[:3]) or None, bits=config.bits, k_group=k_group,
+        k_axis=k_axis, v_group=config.value_group(dim), balancer=k_tier[-1] if config.balances else None,
+        important=important,
+    )  # fmt: skip
+
+
+def stored_tokens(state: Tensor, length: int | Tensor) -> Tensor:
+    """int32 [batch]: how many of the `length` logical tokens are stored."""
+    return length - state[:, OFFSET] + state[:, IN_TIER] + state[:, IN_IMPORTANT]
 
 
 @custom_op("minikv::compress", mutates_args=(), tags=READS_HOST)
 @without_autocast
 def compress_prompt(
     k: Tensor, v: Tensor, scores: Tensor | None, order: Tensor | None, lengths: Tensor | None, layer: int, layers: int,
-    config: str,
+    config: str, q_range: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """Select, gather, rotate, quantize and pack the prompt's keys and values.
+    """Select, gather, balance, rotate, quantize and pack the prompt's keys and values.
 
     Args:
         k, v: [batch, kv_heads, seq, head_dim], any strides.
         scores: fp32 [batch, kv_heads, seq], each row's valid tokens first; None where the policy observes nothing.
         order, lengths: of `align_rows`; None for no padding.
         config: `MiniKVConfig.to_json()`.
+        q_range: of the prompt's queries (`minikv::query_range`); None where nothing is balanced.
 
     Returns:
         the tensors of `fields(...)`, first for the keys, then for the values.
@@ -175,96 +208,119 @@ def compress_prompt(
         if order is not None:
             index = order[:, None].expand(-1, heads, -1).gather(2, index)
 
-    packed = [0 if whole else max(0, n - settings.pinned - settings.window) // BLOCK * BLOCK for n in counts]
-    in_dense = [n - p for n, p in zip(counts, packed, strict=True)]
-    capacity = dense_capacity(settings, max(in_dense))
-    rows = torch.tensor([[seq - n, 0, p, n] for n, p in zip(in_dense, packed, strict=True)], dtype=torch.int32)
+    apart = [0 if whole else n for n in row_lengths]
+    apart = [settings.important_tokens(n, min(n, kept)) for n, kept in zip(apart, counts, strict=True)]
+    rows = torch.tensor(
+        [_row(kept, seq, count, whole, settings) for kept, count in zip(counts, apart, strict=True)], dtype=torch.int32
+    )
+    packed, in_dense, capacity = rows[:, IN_TIER].tolist(), (seq - rows[:, OFFSET]).tolist(), 0
+    capacity = dense_capacity(settings, max(in_dense), int(rows[:, PINNED].max()))
     if k.is_cuda:
         rows = rows.pin_memory()  # a copy from anything else would wait for the device
     rows = rows.to(k.device, non_blocking=True)
+    pinned, in_important, used = rows[:, PINNED], rows[:, IN_IMPORTANT], seq - rows[:, OFFSET]
     rotation = rotation_matrix(settings.rotation, dim, k.device)
     shared = []
     if settings.pins:
-        important = important_tokens(prompts, chosen, packed, settings)
+        important = important_tokens(prompts, chosen, packed, apart, settings)
+        most = settings.counts_vary * MIN_BLOCKS
+        important = torch.nn.functional.pad(important, (0, max(0, most - important.shape[2])), value=NO_TOKEN)
         shared.append(important.int())
-        if any(packed):
-            stored = stored_order(important, max(counts), settings.sinks)
+        if any(apart) and (any(packed) or settings.two_tiers):
+            stored = stored_order(important, pinned - settings.sinks + in_important, max(counts), settings.sinks)
             index = stored if index is None else index.gather(2, stored)
     if settings.drops or padded:
         everything = torch.arange(seq, device=k.device).expand(batch, heads, -1) if index is None else index
-        shared.append(bitmask(everything, rows[:, IN_TIER] + rows[:, -1], seq))
+        shared.append(bitmask(everything, stored_tokens(rows, seq), seq))
     if index is not None:
         index = index.contiguous()
+    balancer = balancer_of(q_range, k, order, row_lengths) if settings.balances else None
 
     out = []
     for role, x in zip(ROLES, (k, v), strict=True):
-        state = rows[:, :-1].clone(memory_format=torch.contiguous_format)
-        tokens = state[:, IN_TIER]
+        state = rows.clone(memory_format=torch.contiguous_format)
         counted = torch.zeros(batch, seq, dtype=torch.int32, device=k.device), state[:, NOT_FINITE]
-        if settings.bits < 16:
-            group, axis = grouping(settings, role, dim)
-            blocks = max(max(packed) // BLOCK, MIN_BLOCKS)
+        group, axis = grouping(settings, role, dim)
+        tiers = [] if settings.bits == 16 else [(settings.bits, pinned + in_important, state[:, IN_TIER], packed)]
+        if settings.two_tiers:
+            tiers.append((settings.important_bits, pinned, state[:, IN_IMPORTANT], apart))
+        for bits, start, tokens, known in tiers:
             out += compress.compress(
-                x, index, settings.pinned, tokens, blocks, settings.bits, group, axis, role, rotation, settings.clip,
-                counted=counted,
+                x, index, start, tokens, max(max(known) // BLOCK, MIN_BLOCKS), bits, group, axis, role, rotation,
+                settings.clip, counted=counted, balancer=balancer if role == "key" else None,
             )  # fmt: skip
-        out += [compress.dense_region(x, index, settings.pinned, tokens, rows[:, -1], capacity, counted), state]
+        out += [balancer] * (settings.balances and role == "key")
+        in_tiers = state[:, IN_TIER] + in_important
+        out += [compress.dense_region(x, index, pinned, in_tiers, used, capacity, counted), state]
         out += [t.clone() if role == ROLES[1] else t for t in shared]  # outputs must not share storage
     return out
+
+
+def _row(kept: int, seq: int, important: int, whole: bool, config: MiniKVConfig) -> list[int]:
+    """The state of a row of a prompt of `seq` that keeps `kept` tokens, of which so many are important."""
+    pinned = config.pinned(important)
+    in_important = important if config.two_tiers else 0
+    packed = 0 if whole else max(0, kept - pinned - config.window) // BLOCK * BLOCK
+    return [seq - (kept - packed), 0, packed - in_important, 0, pinned, in_important]
 
 
 def slots(important: Tensor, n: int, sinks: int) -> Tensor:
     """The inverse of `stored_order`: the slot of each of a row's first `n` stored tokens.
 
     Args:
-        important: int [batch, kv_heads, count], ascending, none a sink.
+        important: int [batch, kv_heads, most], ascending, none a sink, NO_TOKEN behind rows of fewer.
 
     Returns:
         int64 [batch, kv_heads, n].
     """
     token = torch.arange(n, device=important.device, dtype=important.dtype).expand(*important.shape[:2], n).contiguous()
     before = torch.searchsorted(important, token)
-    count = important.shape[2]
-    is_important = important.gather(2, before.clamp(max=count - 1)) == token
+    count = (important != NO_TOKEN).sum(-1, keepdim=True)
+    is_important = important.gather(2, before.clamp(max=important.shape[2] - 1)) == token
     return torch.where(is_important, sinks + before, torch.where(token < sinks, token, token + count - before))
 
 
-def fields(config: MiniKVConfig, padded: bool) -> list[str]:
-    """Names of the tensors that `compress_prompt` returns for the keys, and again for the values."""
-    names = ["codes", "scale", "zero"] if config.bits < 16 else []
-    return names + ["dense", "state"] + ["important"] * config.pins + ["kept"] * (config.drops or padded)
+def fields(config: MiniKVConfig, role: str, padded: bool) -> list[str]:
+    """Names of the tensors that `compress_prompt` returns for the keys or the values."""
+    return [
+        *tier_names(config, role), "dense", "state", *["important"] * config.pins, *["kept"] * (config.drops or padded)
+    ]  # fmt: skip
 
 
 @compress_prompt.register_fake
-def _(k, v, scores, order, lengths, layer, layers, config):
+def _(k, v, scores, order, lengths, layer, layers, config, q_range=None):
     settings = MiniKVConfig.from_json(config)
     batch, heads, seq, dim = k.shape
-    capacity = compat.new_size(k, MIN_BLOCKS)
-    blocks = compat.new_size(k, MIN_BLOCKS) if settings.bits < 16 else 0
+    sizes = [compat.new_size(k, MIN_BLOCKS), *(compat.new_size(k, MIN_BLOCKS) for _ in range(settings.bits < 16))]
+    capacity, blocks = sizes[0], sizes[-1]
+    important_blocks = compat.new_size(k, MIN_BLOCKS) if settings.two_tiers else 0
+    most = compat.new_size(k, MIN_BLOCKS) if settings.counts_vary else settings.important
     out = []
     for role, x in zip(ROLES, (k, v), strict=True):
-        codes, scale, zero = tier_shapes(settings, role, blocks, dim) if settings.bits < 16 else (None, None, None)
         made = {
-            "codes": (codes, torch.int16),
-            "scale": (scale, metadata_dtype(x.dtype)),
-            "zero": (zero, metadata_dtype(x.dtype)),
             "dense": ((capacity, dim), x.dtype),
-            "important": ((settings.important,), torch.int32),
+            "balancer": ((dim,), torch.float32),
+            "important": ((most,), torch.int32),
             "kept": (((seq + 7) // 8,), torch.uint8),
         }
-        for name in fields(settings, lengths is not None):
+        kinds = torch.int16, metadata_dtype(x.dtype), metadata_dtype(x.dtype)
+        for prefix, bits, size in (("", settings.bits, blocks), ("important_", settings.important_bits, important_blocks)):
+            if bits < 16 and settings.bits < 16:
+                shapes = tier_shapes(settings, role, size, dim, bits)
+                made |= {prefix + n: (s, t) for n, s, t in zip(("codes", "scale", "zero"), shapes, kinds, strict=True)}
+        for name in fields(settings, role, lengths is not None):
             if name == "state":
-                out.append(x.new_empty((batch, 3), dtype=torch.int32))
+                out.append(x.new_empty((batch, COLUMNS), dtype=torch.int32))
             else:
                 shape, dtype = made[name]
                 out.append(x.new_empty((batch, heads, *shape), dtype=dtype))
     return out
 
 
-def tier_shapes(config: MiniKVConfig, role: str, blocks: int, dim: int) -> tuple[tuple[int, ...], ...]:
-    """Shapes of codes, scale and zero (`kernels.packing`), without batch and heads."""
+def tier_shapes(config: MiniKVConfig, role: str, blocks: int, dim: int, bits: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of codes, scale and zero (`kernels.packing`) of a tier, without batch and heads."""
     group, axis = grouping(config, role, dim)
-    width = words(config.bits)
+    width = words(bits)
     meta = (blocks, BLOCK // group, dim) if axis == "token" else (blocks, dim // group, BLOCK)
     return ((blocks, width, dim) if role == "key" else (blocks, dim, width)), meta, meta
 
@@ -279,9 +335,9 @@ def decode_attention(
 
     Args:
         q: [batch, heads, n, head_dim]; k, v: the new tokens, [batch, kv_heads, n, head_dim].
-        k_tier, v_tier: codes, scale and zero, or nothing (16 bits). k_dense, v_dense: written in place; the caller has
+        k_tier, v_tier: the tensors of `tier_names`. k_dense, v_dense: written in place; the caller has
             made room (`KVTensor.reserve`).
-        state: int32 [batch, 3] of the keys. length: logical tokens, without the new ones.
+        state: int32 [batch, COLUMNS] of the keys. length: logical tokens, without the new ones.
         padding: [batch, length + n], false for padding; None if none of the new tokens can be.
 
     Returns:
@@ -295,9 +351,8 @@ def decode_attention(
         check_padding(padding.bool(), state, length, q.shape[2], settings)
     dim = q.shape[-1]
     return attend.attend(
-        q, k, v, tuple(k_tier) or None, tuple(v_tier) or None, k_dense, v_dense, state, length + k.shape[2], scale,
-        settings.bits, settings.group, "token", settings.value_group(dim),
-        rotation_matrix(settings.rotation, dim, q.device),
+        q, k, v, k_dense=k_dense, v_dense=v_dense, state=state, length=length + k.shape[2], scale=scale,
+        rotation=rotation_matrix(settings.rotation, dim, q.device), **attended(k_tier, v_tier, settings, dim),
     )  # fmt: skip
 
 
@@ -314,8 +369,7 @@ def check_padding(valid: Tensor, state: Tensor, length: int, n: int, config: Min
     """
     fits = valid[:, length : length + n].all()
     if not config.drops:
-        stored = state[:, IN_TIER] + length - state[:, OFFSET]
-        fits &= (valid[:, :length].sum(-1) == stored).all()
+        fits &= (valid[:, :length].sum(-1) == stored_tokens(state, length)).all()
     message = (
         f"The attention mask does not fit the compressed cache of {length} tokens and {n} new ones: keep the prompt's "
         "mask, and continue all rows with equally many tokens, none of them padding."
@@ -340,46 +394,46 @@ def decode_attention_in_graph(
     attend.append(k_dense, k, state, length)
     attend.append(v_dense, v, state, length)
     return attend.attend_reference(
-        q, tuple(k_tier) or None, tuple(v_tier) or None, k_dense, v_dense, state, length, scale, settings.bits,
-        settings.group, "token", settings.value_group(q.shape[-1]), rotation,
+        q, k_dense=k_dense, v_dense=v_dense, state=state, length=length, scale=scale, rotation=rotation,
+        **attended(k_tier, v_tier, settings, q.shape[-1]),
     )  # fmt: skip
 
 
 @custom_op("minikv::flush", mutates_args=("codes", "scale", "zero", "dense", "state"))
 @without_autocast
 def flush(
-    codes: Tensor, scale: Tensor, zero: Tensor, dense: Tensor, state: Tensor, length: int, n: int, capacity: int,
-    blocks: int, role: str, config: str,
+    codes: Tensor, scale: Tensor, zero: Tensor, dense: Tensor, state: Tensor, length: int, n: int, room: int,
+    blocks: int, role: str, config: str, balancer: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Move the oldest tokens of full rows' dense regions that are neither sink nor window into the tier, in whole
+    """Move the oldest tokens of full rows' dense regions that are neither pinned nor window into the tier, in whole
     blocks (`blocks_to_flush`, on the device).
 
     Args:
-        length: logical tokens. n, capacity: rows that could not hold `n` more in `capacity` tokens are full.
+        length: logical tokens. n, room: rows that could not hold `n` more in `room` tokens behind the pinned ones are full.
         blocks: the most that any row moves. The tier has room for them.
-        role: "key" or "value".
+        role: "key" or "value". balancer: of keys, if they are balanced.
     """
     settings = MiniKVConfig.from_json(config)
     dim = dense.shape[-1]
     group, axis = grouping(settings, role, dim)
     counted = torch.zeros(dense.shape[0], dense.shape[2], dtype=torch.int32, device=dense.device), state[:, NOT_FINITE]
-    plan = flush_kernels.plan(state, length, n, capacity, settings.pinned, settings.window, blocks)
+    plan = flush_kernels.plan(state, length, n, room, settings.window, blocks)
     compress.compress(
-        dense, None, settings.pinned, plan[0], blocks, settings.bits, group, axis, role,
+        dense, None, plan[3], plan[0], blocks, settings.bits, group, axis, role,
         rotation_matrix(settings.rotation, dim, dense.device), settings.clip, out=(codes, scale, zero),
-        first_block=plan[1], counted=counted,
+        first_block=plan[1], counted=counted, balancer=balancer,
     )  # fmt: skip
-    flush_kernels.move_up(dense, state, plan, settings.pinned)
+    flush_kernels.move_up(dense, state, plan)
 
 
 @flush.register_fake
-def _(codes, scale, zero, dense, state, length, n, capacity, blocks, role, config):
+def _(codes, scale, zero, dense, state, length, n, room, blocks, role, config, balancer=None):
     return None
 
 
 def kept_mask(kept: Tensor, state: Tensor, length: int) -> Tensor:
     """bool [batch, kv_heads, length]: which logical tokens of a `KVTensor` are stored."""
-    return tokens_kept(kept, state[:, IN_TIER] + length - state[:, OFFSET], length, length)
+    return tokens_kept(kept, stored_tokens(state, length), length, length)
 
 
 def tokens_kept(kept: Tensor, stored: Tensor, length: int | Tensor, size: int) -> Tensor:
@@ -410,31 +464,39 @@ def place_tokens(values: Tensor, mask: Tensor) -> Tensor:
 @custom_op("minikv::dequantize", mutates_args=())
 @without_autocast
 def dequantize(
-    codes: Tensor | None, scale: Tensor | None, zero: Tensor | None, dense: Tensor, state: Tensor,
-    important: Tensor | None, kept: Tensor | None, length: int, role: str, config: str,
+    tier: Sequence[Tensor], dense: Tensor, state: Tensor, important: Tensor | None, kept: Tensor | None, length: int,
+    role: str, config: str,
 ) -> Tensor:  # fmt: skip
-    """The dense [batch, kv_heads, length, head_dim] of a `KVTensor`'s tensors; zeros for what is not stored."""
+    """The dense [batch, kv_heads, length, head_dim] of a `KVTensor`'s tensors (`tier`: those of `tier_names`); zeros for
+    what is not stored."""
     settings = MiniKVConfig.from_json(config)
-    batch, _, capacity, dim = dense.shape
-    pinned, in_tier = settings.pinned, state[:, None, IN_TIER, None]
-    # In storage: what is pinned, then the tier, then the rest of the dense region.
+    batch, heads, capacity, dim = dense.shape
+    pinned, in_tier, in_important = (state[:, None, column, None] for column in (PINNED, IN_TIER, IN_IMPORTANT))
+    # In storage: what is pinned, then the important tier, the tier, and the rest of the dense region.
     if important is None:
         token = torch.arange(length, device=dense.device).expand(batch, 1, -1)
     else:
         token = slots(important, length, settings.sinks)
-    token = token.expand(-1, dense.shape[1], -1)
-    inside = (token >= pinned) & (token < pinned + in_tier)
-    values = take_tokens(dense, torch.where(token < pinned, token, token - in_tier).clamp(0, capacity - 1))
-    if codes is not None:
-        group, axis = grouping(settings, role, dim)
-        packed = packing.dequantize(packing.unpack(codes, settings.bits, role), scale, zero, group, axis).flatten(2, 3)
-        rotation = rotation_matrix(settings.rotation, dim, dense.device)
-        packed = packing.to_dtype(packed if rotation is None else packed @ rotation.T, dense.dtype)
-        slot = (token - pinned).clamp(0, packed.shape[2] - 1)
-        values = torch.where(inside[..., None], take_tokens(packed, slot), values)
+    token = token.expand(-1, heads, -1)
+    in_dense = torch.where(token < pinned, token, token - in_tier - in_important)
+    values = take_tokens(dense, in_dense.clamp(0, capacity - 1))
+    tiers = [] if settings.bits == 16 else [(tier[:3], settings.bits, pinned + in_important, in_tier)]
+    if settings.two_tiers:
+        tiers.append((tier[3:6], settings.important_bits, pinned, in_important))
+    group, axis = grouping(settings, role, dim)
+    rotation = rotation_matrix(settings.rotation, dim, dense.device)
+    for (codes, scale, zero), bits, first, tokens in tiers:
+        packed = packing.dequantize(packing.unpack(codes, bits, role), scale, zero, group, axis).flatten(2, 3)
+        packed = packed if rotation is None else packed @ rotation.T
+        if settings.balances and role == "key":
+            packed = packed / tier[-1][:, :, None]
+        packed = packing.to_dtype(packed, dense.dtype)
+        inside = (token >= first) & (token < first + tokens)
+        taken = take_tokens(packed, (token - first).clamp(0, packed.shape[2] - 1))
+        values = torch.where(inside[..., None], taken, values)
     return values if kept is None else place_tokens(values, kept_mask(kept, state, length))
 
 
 @dequantize.register_fake
-def _(codes, scale, zero, dense, state, important, kept, length, role, config):
+def _(tier, dense, state, important, kept, length, role, config):
     return dense.new_empty((dense.shape[0], dense.shape[1], length, dense.shape[3]))

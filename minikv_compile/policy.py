@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels.important import distance_from_mean
+from .kernels.important import NO_TOKEN, distance_from_mean
 from .kernels.packing import BLOCK
 from .kernels.select import highest
 
@@ -255,32 +255,39 @@ def score(name: str, prompt: Prompt, config: MiniKVConfig) -> Tensor:
 
 
 def important_tokens(
-    prompts: Sequence[Prompt], kept: Sequence[Tensor] | None, packed: Sequence[int], config: MiniKVConfig
-) -> Tensor:
-    """Which kept tokens are held unquantized beside the sinks.
+    prompts: Sequence[Prompt], kept: Sequence[Tensor] | None, packed: Sequence[int], counts: Sequence[int],
+    config: MiniKVConfig,
+) -> Tensor:  # fmt: skip
+    """Which kept tokens are held apart from those of `config.bits`.
 
     Args:
         kept: of each row, int64 [kv_heads, n]: the tokens of the prompt that are kept; None for all.
-        packed: of each row, how many tokens will be packed: of those and of the important ones the choice is. The first
-            ones, where none is packed.
+        packed: of each row, how many tokens will be packed at `config.bits`: of those and of the important ones the choice
+            is. The first ones, where none is packed.
+        counts: of each row, how many are important.
 
     Returns:
-        int64 [batch, kv_heads, important], ascending: places among the kept tokens.
+        int64 [batch, kv_heads, most], ascending, NO_TOKEN behind rows of fewer: places among the kept tokens.
     """
 
     def candidates(b: int) -> Tensor:
-        n, heads = packed[b] + config.important, prompts[b].keys.shape[0]
-        if packed[b]:
-            scores = score(config.importance, prompts[b], config)
-            scores = (scores if kept is None else scores.gather(1, kept[b]))[:, config.sinks : config.sinks + n]
-        else:
-            scores = torch.zeros(heads, n, dtype=torch.float32, device=prompts[b].keys.device)
-        missing = max(packed) - packed[b]
-        return F.pad(scores, (0, missing), value=-1.0) if missing else scores
+        n, heads = packed[b] + counts[b], prompts[b].keys.shape[0]
+        if not packed[b]:
+            return torch.zeros(heads, n, dtype=torch.float32, device=prompts[b].keys.device)
+        scores = score(config.importance, prompts[b], config)
+        return (scores if kept is None else scores.gather(1, kept[b]))[:, config.sinks : config.sinks + n]
 
     rows = [candidates(b) for b in range(len(prompts))]
-    scores = rows[0] if len(rows) == 1 else torch.cat(rows)
-    return highest(scores, config.important).unflatten(0, (len(rows), -1)) + config.sinks
+    if len(set(counts)) == 1 and counts[0]:
+        # One selection for all: padding is worth less than any token.
+        most = max(packed) + counts[0]
+        scores = torch.cat([F.pad(row, (0, most - row.shape[1]), value=-1.0) for row in rows])
+        return highest(scores, counts[0]).unflatten(0, (len(rows), -1)) + config.sinks
+    chosen = [
+        highest(row, count) + config.sinks if count else row.new_empty(row.shape[0], 0, dtype=torch.int64)
+        for row, count in zip(rows, counts, strict=True)
+    ]
+    return torch.stack([F.pad(row, (0, max(counts) - row.shape[1]), value=NO_TOKEN) for row in chosen])
 
 
 def select(prompts: Sequence[Prompt], layer: int, layers: int, config: MiniKVConfig) -> list[Tensor]:
@@ -288,7 +295,8 @@ def select(prompts: Sequence[Prompt], layer: int, layers: int, config: MiniKVCon
     assert config.drops, "a policy that keeps all selects nothing"
 
     def row(prompt: Prompt) -> Tensor:
-        if prompt.n < config.pinned + config.window + BLOCK:  # nothing of it will be packed: dropping would save no byte
+        pinned = config.pinned(config.important_tokens(prompt.n))
+        if prompt.n < pinned + config.window + BLOCK:  # nothing of it will be packed: dropping would save no byte
             return torch.arange(prompt.n, device=prompt.keys.device).expand(prompt.keys.shape[0], -1)
         kept = within_budget(score(config.policy, prompt, config), prompt.n, layer, layers, config)
         # Attention needs a token to attend to.

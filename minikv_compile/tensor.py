@@ -12,22 +12,25 @@ from . import compat, ops
 from .config import MiniKVConfig
 from .kernels.attend import append
 from .kernels.packing import BLOCK
-from .ops import IN_TIER, NOT_FINITE, OFFSET, dense_capacity, grouping
+from .kernels.state import IN_IMPORTANT, IN_TIER, NOT_FINITE, OFFSET, PINNED
+from .ops import dense_capacity, grouping, tier_names
 from .packed import DenseOnUse, PackedInt
 
 aten = torch.ops.aten
 SEQ = 2  # dimension of tokens, and of blocks
 
-FORMAT = 2
+FORMAT = 3
 """Version of the tensors and of what they mean, in files that hold a cache."""
 
 
 class Occupancy:
     """What the host knows of a storage without reading the device, shared by all tensors that look into it."""
 
-    def __init__(self, offsets: list[int], blocks: list[int]):
+    def __init__(self, offsets: list[int], blocks: list[int], pinned: list[int], important: list[int]):
         self.offsets = offsets  # of each row: `length - offset` tokens are in its dense region
         self.blocks = blocks  # of each row's tier, in use
+        self.pinned = pinned  # tokens at the front of each row's dense region that no flush moves
+        self.important = important  # tokens in each row's important tier
         self.oversized = False  # the dense region was enlarged for many new tokens at once
         self.not_finite = 0  # tokens with NaN or inf that were reported
         self._tensors: list[weakref.ref[KVTensor]] = []
@@ -35,16 +38,26 @@ class Occupancy:
     @classmethod
     def read(cls, state: list[list[int]]) -> Occupancy:
         """From the rows of a state."""
-        return cls([row[OFFSET] for row in state], [row[IN_TIER] // BLOCK for row in state])
+        offsets, in_tier, pinned, important = ([row[i] for row in state] for i in (OFFSET, IN_TIER, PINNED, IN_IMPORTANT))
+        return cls(offsets, [tokens // BLOCK for tokens in in_tier], pinned, important)
+
+    @property
+    def rows(self) -> tuple[list[int], ...]:
+        """What is known of each row, as `Occupancy` takes it."""
+        return self.offsets, self.blocks, self.pinned, self.important
 
     def copy(self) -> Occupancy:
-        copied = Occupancy(list(self.offsets), list(self.blocks))
+        copied = Occupancy(*map(list, self.rows))
         copied.oversized, copied.not_finite = self.oversized, self.not_finite
         return copied
 
-    def used(self, length: int) -> int:
-        """Tokens in the dense region of the fullest row."""
-        return length - min(self.offsets)
+    def behind_pinned(self, length: int) -> list[int]:
+        """Tokens in each row's dense region behind the pinned ones."""
+        return [length - offset - pinned for offset, pinned in zip(self.offsets, self.pinned, strict=True)]
+
+    def room(self, capacity: int) -> int:
+        """Tokens that fit a dense region behind the pinned ones, whichever row."""
+        return capacity - max(self.pinned)
 
     def add(self, tensor: KVTensor) -> None:
         self._tensors = [ref for ref in self._tensors if ref() is not None]
@@ -60,13 +73,16 @@ class KVTensor(DenseOnUse):
     """Keys or values, logically `[batch, kv_heads, length, head_dim]`, held compressed; `SeqFirst` is the other order.
 
     Tensors:
-        codes, scale, zero: the tier (`.tier`, a `PackedInt`), rotated; absent at 16 bits. Row b's first `state[b, 2]`
-            tokens are valid.
-        dense: `[batch, kv_heads, capacity, head_dim]`: sinks, important tokens, window and buffer, not rotated. Row b's first
-            `length - state[b, 0]` tokens are valid.
-        state: int32 `[batch, 3]`: see `ops.OFFSET`, `ops.NOT_FINITE`, `ops.IN_TIER`.
-        important: int32 `[batch, kv_heads, config.important]`, ascending: which of the prompt's stored tokens are held
-            beside the sinks; absent if none are.
+        codes, scale, zero: the tier (`.tier`, a `PackedInt`), balanced and rotated; absent at 16 bits. Row b's first
+            `state[b, IN_TIER]` tokens are valid.
+        important_codes, important_scale, important_zero: the important tier (`.important_tier`), of `config.important_bits`:
+            `state[b, IN_IMPORTANT]` tokens; absent if those are 16.
+        balancer: fp32 `[batch, kv_heads, head_dim]`: by what the tiers' keys were multiplied; absent if by nothing.
+        dense: `[batch, kv_heads, capacity, head_dim]`: sinks, important tokens of 16 bits, window and buffer, neither balanced
+            nor rotated. Row b's first `length - state[b, OFFSET]` tokens are valid.
+        state: int32 `[batch, COLUMNS]`: see `kernels.state`.
+        important: int32 `[batch, kv_heads, most]`, ascending, then NO_TOKEN: which of the prompt's stored tokens lie behind
+            the sinks, or in the important tier; absent if none can.
         kept: uint8 `[batch, kv_heads, ceil(prompt / 8)]`, one bit per prompt token; absent if none was dropped and
             none was padding.
     Attributes:
@@ -78,7 +94,9 @@ class KVTensor(DenseOnUse):
     """
 
     tensor_data_names = ["dense", "state"]
-    optional_tensor_data_names = ["codes", "scale", "zero", "important", "kept"]
+    optional_tensor_data_names = [
+        "codes", "scale", "zero", "important_codes", "important_scale", "important_zero", "balancer", "important", "kept",
+    ]  # fmt: skip
     tensor_attribute_names = ["config", "role"]
     seq = SEQ
     """The dimension of tokens."""
@@ -136,7 +154,7 @@ class KVTensor(DenseOnUse):
         """Tell Dynamo which sizes change from call to call, so that none is specialised."""
         compat.mark_dynamic(self, self.seq)
         for name, tensor in self.tensors().items():
-            if name not in ("state", "important"):
+            if name not in ("state", "balancer") and (name != "important" or self.config.counts_vary):
                 compat.mark_dynamic(tensor, SEQ)
         return self
 
@@ -156,11 +174,24 @@ class KVTensor(DenseOnUse):
 
     @property
     def tier(self) -> PackedInt | None:
-        """The quantized tokens, rotated as stored; None at 16 bits."""
-        if self.codes is None:
+        """The quantized tokens, balanced and rotated as stored; None at 16 bits."""
+        return None if self.codes is None else self._packed(self.codes, self.scale, self.zero, self.config.bits)
+
+    @property
+    def important_tier(self) -> PackedInt | None:
+        """The same of the important ones; None where they are not quantized."""
+        if self.important_codes is None:
             return None
+        return self._packed(self.important_codes, self.important_scale, self.important_zero, self.config.important_bits)
+
+    def _packed(self, codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> PackedInt:
         group, axis = grouping(self.config, self.role, self.shape[-1])
-        return PackedInt(self.codes, self.scale, self.zero, self.config.bits, group, axis, self.role, self.dtype)
+        return PackedInt(codes, scale, zero, bits, group, axis, self.role, self.dtype)
+
+    @property
+    def packed(self) -> list[Tensor]:
+        """The tensors of `ops.tier_names`."""
+        return [getattr(self, name) for name in tier_names(self.config, self.role)]
 
     @property
     def nbytes_held(self) -> int:
@@ -176,9 +207,8 @@ class KVTensor(DenseOnUse):
     def dequantize(self) -> Tensor:
         """The dense tensor; zeros for what is not stored."""
         dense = torch.ops.minikv.dequantize(
-            self.codes, self.scale, self.zero, self.dense, self.state, self.important, self.kept, self.length, self.role,
-            self.config.to_json(),
-        )  # fmt: skip
+            self.packed, self.dense, self.state, self.important, self.kept, self.length, self.role, self.config.to_json()
+        )
         return dense.transpose(SEQ, self.seq)
 
     def as_operand(self, func) -> Tensor:
@@ -207,29 +237,29 @@ class KVTensor(DenseOnUse):
         another living tensor looks into it.
         """
         length = self.length + n
-        fits = self.occupancy.used(length) <= self.dense.shape[SEQ]
+        fits = max(self.occupancy.behind_pinned(length)) <= self.occupancy.room(self.dense.shape[SEQ])
         if fits and not self.occupancy.shared and not self.occupancy.oversized:
             return self
         with compat.outside_inference_mode():
             kv = self.clone() if self.occupancy.shared else self
             if kv.occupancy.oversized:
-                kv._flush(n, dense_capacity(kv.config, 0))
+                kv._flush(n, kv.config.room)
                 kv._resize_dense(n)
             elif not fits:
-                kv._flush(n, kv.dense.shape[SEQ])
-                if kv.occupancy.used(length) > kv.dense.shape[SEQ]:
+                room = kv.occupancy.room(kv.dense.shape[SEQ])
+                kv._flush(n, room)
+                if max(kv.occupancy.behind_pinned(length)) > room:
                     kv._resize_dense(n)
             return kv
 
-    def _flush(self, n: int, capacity: int) -> None:
-        """In the rows whose dense region could not hold `n` more in `capacity` tokens, quantize what is older than the
-        window, in whole blocks, in place. Each row flushes at the same length as it would alone.
+    def _flush(self, n: int, room: int) -> None:
+        """In the rows whose dense region could not hold `n` more in `room` tokens behind the pinned ones, quantize what is
+        older than the window, in whole blocks, in place. Each row flushes at the same length as it would alone.
         """
         config, occupancy, length = self.config, self.occupancy, self.length
         if config.bits == 16:
             return
-        used = [length - offset for offset in occupancy.offsets]
-        blocks = [ops.blocks_to_flush(u, n, capacity, config) for u in used]
+        blocks = [ops.blocks_to_flush(used, n, room, config) for used in occupancy.behind_pinned(length)]
         if not any(blocks):
             return
         needed = max(b + new for b, new in zip(occupancy.blocks, blocks, strict=True))
@@ -237,16 +267,18 @@ class KVTensor(DenseOnUse):
             for name in ("codes", "scale", "zero"):
                 setattr(self, name, _resized(getattr(self, name), needed + needed // 64))
         torch.ops.minikv.flush(
-            self.codes, self.scale, self.zero, self.dense, self.state, length, n, capacity, max(blocks), self.role,
-            config.to_json(),
+            self.codes, self.scale, self.zero, self.dense, self.state, length, n, room, max(blocks), self.role,
+            config.to_json(), self.balancer,
         )  # fmt: skip
         occupancy.blocks = [b + new for b, new in zip(occupancy.blocks, blocks, strict=True)]
         occupancy.offsets = [o + new * BLOCK for o, new in zip(occupancy.offsets, blocks, strict=True)]
 
     def _resize_dense(self, n: int) -> None:
         """Fit the dense region to its tokens and `n` more."""
-        capacity = dense_capacity(self.config, self.occupancy.used(self.length + n))
-        self.occupancy.oversized = self.config.bits < 16 and capacity > dense_capacity(self.config, 0)
+        pinned = max(self.occupancy.pinned)
+        used = pinned + max(self.occupancy.behind_pinned(self.length + n))
+        capacity = dense_capacity(self.config, used, pinned)
+        self.occupancy.oversized = self.config.bits < 16 and capacity > dense_capacity(self.config, 0, pinned)
         if capacity != self.dense.shape[SEQ]:
             self.dense = _resized(self.dense, capacity)
 
@@ -309,11 +341,11 @@ class KVTensor(DenseOnUse):
         Raises:
             ValueError: the rollback reaches further back than the unquantized window.
         """
-        removed, config = self.length - length, self.config
+        removed, config, known = self.length - length, self.config, self.occupancy
         # The dense region holds the newest tokens behind the pinned ones, or all of a row without a tier.
         dense = min(
-            self.length - offset - (config.pinned if blocks else 0)
-            for offset, blocks in zip(self.occupancy.offsets, self.occupancy.blocks, strict=True)
+            self.length - offset - (pinned if blocks or important else 0)
+            for offset, blocks, pinned, important in zip(*known.rows, strict=True)
         )
         if removed > dense:
             raise ValueError(
@@ -400,8 +432,8 @@ def _batch_rule(func, kv: KVTensor, *args) -> KVTensor:
     with compat.outside_inference_mode():
         tensors = {name: func(t, *args) for name, t in kv.tensors().items()}
     known, batch, occupancy = kv.occupancy, tensors["state"].shape[0], None
-    if len(set(known.offsets)) == len(set(known.blocks)) == 1:
-        occupancy = Occupancy(known.offsets[:1] * batch, known.blocks[:1] * batch)
+    if all(len(set(of_rows)) == 1 for of_rows in known.rows):
+        occupancy = Occupancy(*(of_rows[:1] * batch for of_rows in known.rows))
         occupancy.oversized, occupancy.not_finite = known.oversized, known.not_finite
     return type(kv)(tensors, kv.config, kv.role, kv.length, occupancy).mark_dynamic()
 

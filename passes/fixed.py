@@ -39,7 +39,7 @@ def calls(graph: torch.fx.Graph) -> list[Node]:
 
 def configuration(call: Node) -> MiniKVConfig:
     """That of the cache which made `call`."""
-    return MiniKVConfig.from_json(call.args[-1])
+    return MiniKVConfig.from_json(next(arg for arg in reversed(call.args) if isinstance(arg, str)))
 
 
 def find_call(site: Site) -> Node | None:
@@ -124,6 +124,10 @@ def _prefill(
     rows = (None, None)
     if mask is not None:
         rows = rewriter._aligned(_read_outside(rewriter, mask) if outside else mask, call.args[0], _first(site, call))
+    q_range = rewriter.query_range(site, call.args[0], rows)
+    call.args = (*call.args[:2], None, *rows, *call.args[5:], q_range)
+    if q_range is not None:
+        q_range.append(call)
     if observed is None and mask is None and site.fused:
         rewriter.without_mask(site, *call.args[:2])
         return
@@ -132,7 +136,7 @@ def _prefill(
             minikv.prefill_attention.default, (site.query, *call.args[:2], *rows, site.scale, observed), 2
         )
     site.node.replace_all_uses_with(out)
-    call.args = (*call.args[:2], None if observed is None else scores, *rows, *call.args[5:])
+    call.update_arg(2, None if observed is None else scores)
     scores.append(call)
     erase_dead(graph, [site.node], site.nodes)
 

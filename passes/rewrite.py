@@ -223,6 +223,7 @@ class Rewriter:
         with self.graph.inserting_before(site.node):
             k, v = (self._heads_first(slot) for slot in (key, value))
         rows = (None, None) if padding is None else self._aligned(padding, k, site.node)
+        q_range = self.query_range(site, k, rows)
         scores = None
         if observed is not None or padding is not None or not site.fused:  # attention written out needs memory of seq * seq
             with self.graph.inserting_before(site.node):
@@ -233,13 +234,14 @@ class Rewriter:
             site = self.without_mask(site, k, v)
         with self.graph.inserting_after(site.node if scores is None else scores):
             arguments = (
-                k, v, None if observed is None else scores, *rows, place, count, self.config.to_json(),
+                k, v, None if observed is None else scores, *rows, place, count, self.config.to_json(), q_range,
             )  # fmt: skip
-            names = ops.fields(self.config, padding is not None)
-            made = self._call(minikv.compress.default, arguments, 2 * len(names))
+            names = [ops.fields(self.config, role, padding is not None) for role in ROLES]
+            made = self._call(minikv.compress.default, arguments, sum(map(len, names)))
         length = shape(key.stored)[key.seq]
-        for role, slot, nodes in zip(ROLES, (key, value), (made[: len(names)], made[len(names) :]), strict=True):
-            self._replace_output(slot.stored, Made(role, tuple(names), tuple(nodes), length, site.layer, slot.seq))
+        for role, slot, fields in zip(ROLES, (key, value), names, strict=True):
+            nodes, made = made[: len(fields)], made[len(fields) :]
+            self._replace_output(slot.stored, Made(role, tuple(fields), tuple(nodes), length, site.layer, slot.seq))
             if slot.stored is not slot.new:
                 empty = slot.stored
                 empty.replace_all_uses_with(slot.new)
@@ -250,11 +252,13 @@ class Rewriter:
     def _decode(
         self, site: Site, key: functional.Slot, value: functional.Slot, padding: Node | None, place: int, count: int
     ) -> None:
-        tier = [name for name in ("codes", "scale", "zero") if self.config.bits < 16]
         past = key.past, value.past
         with self.graph.inserting_before(site.node):
             k, v = self._heads_first(key), self._heads_first(value)
-            k_tier, v_tier = ([self.field(kv, name) for name in tier] for kv in past)
+            k_tier, v_tier = (
+                [self.field(kv, name) for name in ops.tier_names(self.config, role)]
+                for kv, role in zip(past, ROLES, strict=True)
+            )
             k_dense, v_dense = (self.field(kv, "dense") for kv in past)
             # A CPU has no kernel of ours: Inductor makes one of the op's plain PyTorch.
             in_graph = self.fused and example(site.query).device.type == "cpu" and padding is None
@@ -278,6 +282,13 @@ class Rewriter:
                 raise RewriteError(f"site {site.layer} ({where(site.node)}): {slot.past} is still used after its rewrite")
 
     # ---- pieces
+
+    def query_range(self, site: Site, key: Node, rows: Sequence[Node | None]) -> Node | None:
+        """What the balancer has to know of a prompt's queries, computed before its attention, so that they die there."""
+        if not self.config.balances:
+            return None
+        with self.graph.inserting_before(site.node):
+            return self.graph.call_function(minikv.query_range.default, (site.query, key, *rows))
 
     def _heads_first(self, slot: functional.Slot) -> Node:
         """The new tokens of a slot, [batch, kv_heads, n, head_dim], where nodes are being inserted."""
@@ -447,13 +458,14 @@ class Rewriter:
                 continue
             why = next((site.reason for site in self.result.sites if site.reason), "it is read outside of attention")
             self._warn_dense(node, why)
-            names = ("codes", "scale", "zero", "dense", "state", "important", "kept")
+            tier = [self.field(node, name) for name in ops.tier_names(self.config, kv.role)]
+            names = ("dense", "state", "important", "kept")
             tensors = [self.field(node, name) if getattr(kv, name) is not None else None for name in names]
             # Users in the graph's order: the dense tensor stands before the first.
             with self.graph.inserting_before(min(node.users, key=list(self.graph.nodes).index)):
                 dense = self.graph.call_function(
                     minikv.dequantize.default,
-                    (*tensors, self.field(node, "length"), kv.role, self.config.to_json()),
+                    (tier, *tensors, self.field(node, "length"), kv.role, self.config.to_json()),
                 )
                 if kv.seq != SEQ:
                     dense = self.graph.call_method("transpose", (dense, kv.seq, SEQ))

@@ -458,16 +458,17 @@ def test_padding_of_a_mask():
 
 
 @given(
-    preset=st.sampled_from(["lossless", "default", "minikv"]), prompt_length=st.integers(1, 300),
+    preset=st.sampled_from(["lossless", "default", "minikv", "mikv", "mikv4"]), prompt_length=st.integers(1, 300),
     chunks=st.lists(st.sampled_from([1, 1, 2, 3, 60, 130, 200]), max_size=6), dim=st.sampled_from([16, 80]),
     batch=st.integers(1, 2), seed=st.integers(0, 9),
 )  # fmt: skip
 def test_any_chunks_store_what_a_kv_tensor_stores(preset, prompt_length, chunks, dim, batch, seed):
     torch.manual_seed(seed)
-    config = MiniKVConfig.preset(preset)
+    config = MiniKVConfig.preset(preset, **({"important": 0.9} if preset in ("mikv", "mikv4") else {}))
     layer = MiniKVLayer(config, 1600, batch, 2, dim, torch.float32, torch.device("cpu"))
     k, v = torch.randn(2, batch, 2, prompt_length, dim)
-    scores = torch.rand(batch, 2, prompt_length) if config.drops else None
+    scores = None if config.observed_queries is None else torch.rand(batch, 2, prompt_length)
+    q_range = torch.rand(batch, 2, dim) + 0.1
     lengths = torch.randint(1, prompt_length + 1, (batch,)).tolist()
     valid = left_padding(lengths, prompt_length)
     rows = minikv.align_rows(valid)
@@ -486,15 +487,16 @@ def test_any_chunks_store_what_a_kv_tensor_stores(preset, prompt_length, chunks,
         1,
         1600,
         config.to_json(),
+        q_range,
     )
     layer.filled = True
-    tensors = list(compress(config, k, v, scores, valid))
+    tensors = list(compress(config, k, v, scores, valid, q_range=q_range))
     q_heads, out = 4, None
     for n in [*chunks, 1]:  # a `KVTensor` flushes when it needs the room, so before the last
         q, (k, v) = torch.randn(batch, q_heads, n, dim), torch.randn(2, batch, 2, n, dim)
         kv = [t.reserve(n) for t in tensors]
         expected = minikv.decode_attention(
-            q, k, v, *([t for t in (x.codes, x.scale, x.zero) if t is not None] for x in kv), kv[0].dense, kv[1].dense,
+            q, k, v, kv[0].packed, kv[1].packed, kv[0].dense, kv[1].dense,
             kv[0].state, kv[0].shape[2], 0.3, config.to_json(),
         )  # fmt: skip
         tensors = [x.longer(n) for x in kv]

@@ -10,10 +10,13 @@ from minikv_compile import ConfigError, MiniKVConfig
 WRONG = {
     "bits": [0, 1, 3, 5, 32, 2.0, "2", None],
     "group": [0, 8, 48, 256, 64.0, "64"],
+    "key_axis": ["", "tokens", None],
+    "balancer": ["", "geometric", None],
+    "important_bits": [0, 2, 3, 4.0, 32, None],
     "clip": [0, 0.0, -0.5, 1.01, 2, math.nan, "1"],
     "rotation": ["Hadamard", "", None],
     "sinks": [-1, 1.5, True, None],
-    "important": [-1, 0.5, True, None],
+    "important": [-1, -0.5, 1.5, 65537, True, None],
     "importance": ["", "keep_all", "outlier", None],
     "window": [-1, 0.5, "64"],
     "buffer": [0, -128, 64, 200, 128.0],
@@ -58,9 +61,9 @@ def test_presets():
     assert not MiniKVConfig().drops and not MiniKVConfig.preset("lossless").drops
     paper = MiniKVConfig.preset("minikv")
     assert (paper.bits, paper.group, paper.rotation, paper.heavy, paper.recent) == (2, 16, "none", 0.25, 0.25)
-    assert (paper.layer_budget, paper.pyramid_depth, paper.capacity, paper.drops) == ("pyramid", 7.0, 128, True)
+    assert (paper.layer_budget, paper.pyramid_depth, paper.room, paper.drops) == ("pyramid", 7.0, 128, True)
     assert MiniKVConfig.preset("minikv", heavy=64).heavy == 64
-    with pytest.raises(ConfigError, match=r"preset\('best'\): must be one of default, minikv, lossless"):
+    with pytest.raises(ConfigError, match=r"preset\('best'\): must be one of default, minikv, mikv, mikv4, lossless"):
         MiniKVConfig.preset("best")
     with pytest.raises(ConfigError, match="group"):
         MiniKVConfig.preset("minikv", group=7)

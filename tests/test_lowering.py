@@ -22,7 +22,7 @@ from .helpers import VOCAB, prompt
 
 minikv = torch.ops.minikv
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PRESETS = ["default", "minikv", "lossless"]
+PRESETS = ["default", "minikv", "mikv", "lossless"]
 HEADS, KV_HEADS, DIM, BATCH = 4, 2, 32, 2
 FUSES = DEVICE == "cpu" or TorchVersion(torch.__version__) >= (2, 13)
 """On a GPU Inductor of torch 2.11 compares loops that it has not merged yet, and sees no data shared with a template."""
@@ -55,11 +55,14 @@ def cache(preset, seq, dtype=torch.float32):
     """(arguments of the op from the tier on, its configuration) for a compressed prompt with room for a token."""
     config = MiniKVConfig.preset(preset)
     k, v = torch.randn(2, BATCH, KV_HEADS, seq, DIM, device=DEVICE).to(dtype)
-    scores = torch.rand(BATCH, KV_HEADS, seq, device=DEVICE) if config.drops else None
-    made, names = minikv.compress(k, v, scores, None, None, 0, 1, config.to_json()), ops.fields(config, False)
-    k, v = (dict(zip(names, half, strict=True)) for half in (made[: len(names)], made[len(names) :]))
-    tiers = [[part[name] for name in ("codes", "scale", "zero") if name in names] for part in (k, v)]
-    for x in (*tiers[0], *tiers[1], k["dense"], v["dense"]):
+    scores = None if config.observed_queries is None else torch.rand(BATCH, KV_HEADS, seq, device=DEVICE)
+    q_range = torch.rand(BATCH, KV_HEADS, DIM, device=DEVICE) + 0.1
+    made = iter(minikv.compress(k, v, scores, None, None, 0, 1, config.to_json(), q_range))
+    k, v = ({name: next(made) for name in ops.fields(config, role, False)} for role in ops.ROLES)
+    tiers = [
+        [part[name] for name in ops.tier_names(config, role)] for part, role in zip((k, v), ops.ROLES, strict=True)
+    ]
+    for x in (*tiers[0][:3], *tiers[1][:3], k["dense"], v["dense"]):
         compat.mark_dynamic(x, 2)
     return [*tiers, k["dense"], v["dense"], k["state"], seq], config.to_json()
 

@@ -17,33 +17,35 @@ from minikv_compile.policy import within_budget
 from minikv_compile.rotation import hadamard, rotation_matrix
 
 minikv = torch.ops.minikv
-PRESETS = ["lossless", "default", "minikv"]
+PRESETS = ["lossless", "default", "minikv", "mikv", "mikv4"]
 
 
 def left_padding(lengths, seq):
     return torch.arange(seq) >= seq - torch.tensor(lengths)[:, None]
 
 
-def compress(config, k, v, scores=None, valid=None, layer=0, layers=1):
+def compress(config, k, v, scores=None, valid=None, layer=0, layers=1, q_range=None):
     """`KVTensor`s of a prompt."""
     order, lengths = minikv.align_rows(valid) if valid is not None else (None, None)
-    made = minikv.compress(k, v, scores, order, lengths, layer, layers, config.to_json())
-    names = fields(config, valid is not None)
+    if config.balances and q_range is None:
+        q_range = torch.rand(*k.shape[:2], k.shape[3]) + 0.1
+    made = minikv.compress(k, v, scores, order, lengths, layer, layers, config.to_json(), q_range)
+    made = iter(made)
     return tuple(
-        KVTensor(dict(zip(names, made[i : i + len(names)], strict=True)), config, role, k.shape[2])
-        for i, role in ((0, "key"), (len(names), "value"))
+        KVTensor({name: next(made) for name in fields(config, role, valid is not None)}, config, role, k.shape[2])
+        for role in ("key", "value")
     )
 
 
 def cache(preset="default", length=300, batch=2, kv_heads=2, dim=32, dtype=torch.float32, valid=None, **changes):
     config = MiniKVConfig.preset(preset, **changes)
     k, v = torch.randn(2, batch, kv_heads, length, dim, dtype=dtype)
-    scores = torch.rand(batch, kv_heads, length) if config.drops else None
+    scores = None if config.observed_queries is None else torch.rand(batch, kv_heads, length)
     return compress(config, k, v, scores, valid)
 
 
 def tier(kv):
-    return [getattr(kv, name) for name in ("codes", "scale", "zero") if kv.codes is not None]
+    return kv.packed
 
 
 # ---- registration: schemas, fakes, no hidden aliases
@@ -67,15 +69,15 @@ def test_opcheck_prefill_attention(padded, observed, dtype):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("length", [5, 300])
+@pytest.mark.parametrize("length", [5, 300, 1500])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_opcheck_compress(preset, length, padded):
     """Sizes of the tier depend on data: the fake may only name fewer facts, never wrong ones."""
     config = MiniKVConfig.preset(preset)
     k, v = torch.randn(2, 2, 2, length, 32)
-    scores = torch.rand(2, 2, length) if config.drops else None
+    scores = None if config.observed_queries is None else torch.rand(2, 2, length)
     rows = minikv.align_rows(left_padding([length, 3], length)) if padded else (None, None)
-    opcheck(minikv.compress, k, v, scores, *rows, 0, 2, config.to_json())
+    opcheck(minikv.compress, k, v, scores, *rows, 0, 2, config.to_json(), torch.rand(2, 2, 32))
 
 
 @pytest.mark.parametrize("new", [1, 3])
@@ -87,22 +89,29 @@ def test_opcheck_decode_attention(preset, new):
 
 
 @pytest.mark.parametrize("role", [0, 1])
-@pytest.mark.parametrize("preset", ["default", "minikv"])
+@pytest.mark.parametrize("preset", ["default", "minikv", "mikv"])
 def test_opcheck_flush(preset, role):
     kv = cache(preset, length=600)[role]
-    kv = torch.cat([kv, torch.randn(2, 2, kv.config.capacity - kv.occupancy.used(600), 32)], 2)  # full
-    grown = [torch.cat([t, t], 2) for t in tier(kv)]
+    kv = torch.cat([kv, torch.randn(2, 2, kv.config.room - max(kv.occupancy.behind_pinned(600)), 32)], 2)  # full
+    grown = [torch.cat([t, t], 2) for t in tier(kv)[:3]]
     opcheck(
-        minikv.flush, *grown, kv.dense, kv.state, kv.shape[2], 1, kv.dense.shape[2], 1, kv.role, kv.config.to_json()
-    )
+        minikv.flush, *grown, kv.dense, kv.state, kv.shape[2], 1, kv.config.room, 1, kv.role, kv.config.to_json(),
+        kv.balancer,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_opcheck_dequantize(preset, padded):
     for kv in cache(preset, valid=left_padding([300, 80], 300) if padded else None):
-        tensors = [getattr(kv, name) for name in ("codes", "scale", "zero", "dense", "state", "important", "kept")]
+        tensors = [getattr(kv, name) for name in ("packed", "dense", "state", "important", "kept")]
         opcheck(minikv.dequantize, *tensors, 300, kv.role, kv.config.to_json())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_opcheck_query_range(padded):
+    rows = minikv.align_rows(left_padding([20, 4], 20)) if padded else (None, None)
+    opcheck(minikv.query_range, torch.randn(2, 4, 20, 16), torch.randn(2, 2, 20, 16), *rows)
 
 
 def fixed_layer(preset, filled=True):
@@ -206,16 +215,22 @@ def by_hand(q, k, v, mask, scale):
 @given(
     bits=st.sampled_from([2, 4, 8, 16]), group=st.sampled_from([16, 32, 64, 128]),
     dim=st.sampled_from([16, 64, 80, 96]), rotation=st.sampled_from(["none", "hadamard"]),
-    length=st.integers(1, 420), new=st.integers(1, 5),
+    length=st.integers(1, 700), new=st.integers(1, 5), key_axis=st.sampled_from(["token", "channel"]),
+    balancer=st.sampled_from(["none", "mikv"]), important=st.sampled_from([0, 30, 64, 0.5, 0.9]),
+    important_bits=st.sampled_from([4, 8, 16]),
     ratio=st.integers(1, 5), kv_heads=st.integers(1, 3), sinks=st.integers(0, 5), window=st.integers(0, 70),
     drops=st.booleans(), padding=st.floats(0, 1), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )  # fmt: skip
 def test_decode_is_attention_over_what_dequantize_gives(
-    bits, group, dim, rotation, length, new, ratio, kv_heads, sinks, window, drops, padding, dtype
+    bits, group, dim, rotation, length, new, key_axis, balancer, important, important_bits, ratio, kv_heads, sinks, window, drops,
+    padding, dtype
 ):
     """Appends, then attends; the second row is padded. Rounding of intermediate results is all that may differ."""
     policy = {"policy": "heavy_hitter", "heavy": 0.3, "recent": 0.2} if drops and bits < 16 else {}
-    config = MiniKVConfig(bits=bits, group=group, rotation=rotation, sinks=sinks, window=window, **policy)
+    config = MiniKVConfig(
+        bits=bits, group=group, rotation=rotation, sinks=sinks, window=window, key_axis=key_axis, balancer=balancer,
+        important=important, important_bits=important_bits, **policy,
+    )  # fmt: skip
     valid = left_padding([length, max(1, round(padding * length))], length)
     k, v = torch.randn(2, 2, kv_heads, length, dim).to(dtype)
     scores = torch.rand(2, kv_heads, length) if config.drops else None
@@ -360,7 +375,7 @@ def test_compress_by_hand(config, dim, padded):
                 sampled = own[:: max(1, len(own) // 256)]
                 distance = (k[row, head] - k[row, head, sampled].mean(0)).square().sum(-1)
                 expected, packed = compress_by_hand(x[row, head], tokens, distance, config, held.role)
-                assert held.state[row].tolist() == [seq - (len(tokens) - len(packed)), 0, len(packed)]
+                assert held.state[row, :3].tolist() == [seq - (len(tokens) - len(packed)), 0, len(packed)]
                 # Scale, zero or a code may be rounded the other way, here and there.
                 close = torch.isclose(dense[row, head, tokens], expected, rtol=1e-4, atol=1e-4)
                 assert close.float().mean() > 0.995
@@ -382,10 +397,10 @@ def test_compress_counts_tokens_that_are_not_finite(where):
 
 
 def test_flush_moves_whole_blocks_of_full_rows_only():
-    """Row 0 has 364 tokens, row 1 has 244: at a capacity of 260, with 4 sinks, 64 important ones and 64 in the window."""
+    """Row 0 has 364 tokens, row 1 has 244: with room for 192 behind 4 sinks and 64 important ones, 64 of them the window."""
     k, _ = cache(length=364, valid=left_padding([364, 244], 364))
     before, dense = k.state.clone(), k.dequantize()
-    minikv.flush(k.codes, k.scale, k.zero, k.dense, k.state, 364, 30, 260, 1, "key", k.config.to_json())
+    minikv.flush(k.codes, k.scale, k.zero, k.dense, k.state, 364, 30, 192, 1, "key", k.config.to_json())
     # Row 0: 128 packed, 236 dense: 236 + 30 > 260, one block of 104 does not fill. Row 1: 244 dense, 112: neither.
     assert torch.equal(k.state, before) and torch.equal(k.dequantize(), dense)
     k, _ = cache(length=384, valid=left_padding([384, 254], 384))

@@ -224,8 +224,8 @@ def test_important_tokens_are_those_of_the_highest_scores(lengths, sinks, count,
     torch.manual_seed(seed)
     config = MiniKVConfig(sinks=sinks, important=count, window=window)
     prompts = [Prompt(n, 0, None, *torch.randn(2, 2, n, 16), None) for n in lengths]
-    packed = [max(0, n - config.pinned - window) // 128 * 128 for n in lengths]
-    chosen = important_tokens(prompts, None, packed, config)
+    packed = [max(0, n - sinks - count - window) // 128 * 128 for n in lengths]
+    chosen = important_tokens(prompts, None, packed, [count] * len(prompts), config)
     assert chosen.shape == (len(lengths), 2, count) and (chosen.diff(dim=-1) > 0).all()
     for row, tokens, places in zip(prompts, packed, chosen, strict=True):
         last = sinks + count + tokens
@@ -264,7 +264,7 @@ def test_scores_of_the_users_own_are_made_safe():
     config = MiniKVConfig(importance=Shifted())
     assert config == MiniKVConfig(importance="shifted") and POLICIES["shifted"].name == "shifted"
     prompts = [Prompt(n, 0, None, *torch.randn(2, 2, n, 16), None) for n in (600, 300)]
-    chosen = important_tokens(prompts, None, [384, 128], config)
+    chosen = important_tokens(prompts, None, [384, 128], [64, 64], config)
     assert chosen[1].max() < 4 + 64 + 128 and (chosen.diff(dim=-1) > 0).all()
 
 
@@ -272,7 +272,7 @@ def test_rows_of_which_nothing_is_packed_under_another_default_dtype():
     keys = torch.randn(2, 50, 16)
     torch.set_default_dtype(torch.float64)
     try:
-        chosen = important_tokens([Prompt(50, 0, None, keys, keys, None)], None, [0], MiniKVConfig())
+        chosen = important_tokens([Prompt(50, 0, None, keys, keys, None)], None, [0], [64], MiniKVConfig())
     finally:
         torch.set_default_dtype(torch.float32)
     assert chosen[0, 1].tolist() == list(range(4, 68))

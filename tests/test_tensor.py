@@ -9,28 +9,33 @@ from transformers import DynamicCache
 
 from minikv_compile import KVTensor, MiniKVConfig, PackedInt
 from minikv_compile.kernels.packing import BLOCK
+from minikv_compile.kernels.state import IN_IMPORTANT, IN_TIER
 from minikv_compile.ops import fields
 from minikv_compile.tensor import report_not_finite, wrap_prompt
 
 HEADS, DIM = 2, 32
-PRESETS = ["lossless", "default", "minikv"]
-KEEP_ALL = {"policy": "keep_all"}  # the formats of the presets, without a policy that drops
+PRESETS = ["lossless", "default", "minikv", "mikv", "mikv4"]
+SHORT = {
+    "minikv": {"policy": "keep_all"},  # the format without a policy that drops
+    "mikv": {"important": 0.9}, "mikv4": {"important": 0.9},  # of 300 tokens: 74 important ones, or a block of them
+}  # fmt: skip
 
 
 def make(preset="default", length=300, role="key", x=None, valid=None, dtype=torch.float32, batch=1, **changes):
     """A compressed prompt and the dense tensor that it came from."""
-    config = MiniKVConfig.preset(preset, **{**(KEEP_ALL if preset == "minikv" else {}), **changes})
+    config = MiniKVConfig.preset(preset, **{**SHORT.get(preset, {}), **changes})
     x = torch.randn(batch, HEADS, length, DIM, dtype=dtype) if x is None else x
     order = lengths = scores = None
     if valid is not None:
         order, lengths = torch.ops.minikv.align_rows(valid)
-    if config.drops:
+    if config.observed_queries is not None:
         scores = torch.rand(x.shape[:3])
-    made = torch.ops.minikv.compress(x, x, scores, order, lengths, 0, 1, config.to_json())
-    names = fields(config, valid is not None)
-    half = len(names)
-    parts = [(dict(zip(names, made[i * half : (i + 1) * half], strict=True)), r, x.shape[2], 0)
-             for i, r in enumerate(("key", "value"))]  # fmt: skip
+    q_range = torch.ones(x.shape[0], HEADS, DIM)
+    made = iter(torch.ops.minikv.compress(x, x, scores, order, lengths, 0, 1, config.to_json(), q_range))
+    parts = [
+        ({name: next(made) for name in fields(config, role, valid is not None)}, role, x.shape[2], 0)
+        for role in ("key", "value")
+    ]
     return wrap_prompt(parts, config)[role == "value"], x
 
 
@@ -88,11 +93,11 @@ def test_looks_like_the_dense_tensor(role, dtype):
 def test_bytes_are_those_of_the_storages():
     kv, _ = make(length=1024, dtype=torch.bfloat16)
     # 6 blocks of 2-bit codes; a bf16 scale and zero per 128 tokens of a channel, 260 dense tokens, the
-    # places of 64 of them, 3 counters.
+    # places of 64 of them, 6 counters.
     codes = HEADS * 6 * BLOCK * DIM * 2 // 8
     metadata = HEADS * 6 * DIM * 2 * 2
     dense = HEADS * (4 + 64 + 64 + 128) * DIM * 2
-    assert kv.nbytes_held == codes + metadata + dense + HEADS * 64 * 4 + 3 * 4
+    assert kv.nbytes_held == codes + metadata + dense + HEADS * 64 * 4 + 6 * 4
     assert kv.untyped_storage().nbytes() != kv.nbytes_held  # why it has to be counted
 
 
@@ -115,7 +120,7 @@ def test_appends_follow_a_dense_mirror(preset, role, length, steps):
         kv, mirror = (torch.cat([t, n], 2) for n in [new_tokens()] for t in (kv, mirror))
         assert_holds(kv, mirror)
         assert kv.state[0, 2] >= (mirror.shape[2] - 4 - 64 - 129) // BLOCK * BLOCK
-        assert kv.dense.shape[2] == kv.config.capacity  # no dense region that outlives a long turn
+        assert kv.dense.shape[2] == kv.state[0, 4] + kv.config.room  # no dense region that outlives a long turn
 
 
 def test_tokens_one_by_one_or_together_end_the_same():
@@ -302,7 +307,7 @@ def test_a_file_of_another_format(monkeypatch):
     torch.save(kv, file)
     monkeypatch.undo()
     file.seek(0)
-    with pytest.raises(ValueError, match="saved in format 99: this version of minikv_compile reads 2"):
+    with pytest.raises(ValueError, match="saved in format 99: this version of minikv_compile reads 3"):
         torch.load(file, weights_only=True)
 
 
@@ -389,18 +394,20 @@ def test_dropped_tokens_are_never_taken_for_zeros():
 # ---- ragged rows
 
 
+@pytest.mark.parametrize("preset", ["default", "mikv", "mikv4"])
 @pytest.mark.parametrize("side", ["left", "right", "anywhere"])
-def test_ragged_rows(side):
+def test_ragged_rows(side, preset):
     """Padding is not stored; each row is what it would be alone."""
-    lengths, seq = [300, 171, 5], 300
+    lengths, seq = ([300, 171, 5], 300) if preset == "default" else ([700, 300, 5], 700)
     valid = torch.zeros(3, seq, dtype=torch.bool)
     for row, n in enumerate(lengths):
         place = {"left": slice(seq - n, seq), "right": slice(0, n)}.get(side, torch.randperm(seq)[:n])
         valid[row, place] = True
     x = torch.randn(3, HEADS, seq, DIM)
-    kv, _ = make(x=x, valid=valid)
+    importance = {} if preset == "default" else {"importance": "key_outlier", "important": 0.7}
+    kv, _ = make(preset, x=x, valid=valid, **importance)
     assert torch.equal(kv.kept_mask(), valid[:, None].expand(-1, HEADS, -1))
-    alone = [make(x=x[row : row + 1, :, valid[row]])[0] for row in range(3)]
+    alone = [make(preset, x=x[row : row + 1, :, valid[row]], **importance)[0] for row in range(3)]
     for _ in range(260):  # flushes at different times
         new = new_tokens(like=x)
         kv = torch.cat([kv, new], 2)
@@ -409,7 +416,8 @@ def test_ragged_rows(side):
     assert not dense[~mask].any()
     for row, own in enumerate(alone):
         assert torch.equal(dense[row][mask[row]].view(HEADS, -1, DIM), own.dequantize()[0])
-        assert kv.state[row, 2] == own.state[0, 2]
+        assert kv.state[row, 2:].tolist() == own.state[0, 2:].tolist()
+    assert preset == "default" or len(set(kv.state[:, 4 if preset == "mikv" else 5].tolist())) > 1
 
 
 # ---- storage that was never written
@@ -420,9 +428,9 @@ def poisoned(kv):
     dense_used = kv.shape[2] - kv.state[:, 0]
     for row in range(kv.shape[0]):
         kv.dense[row, :, dense_used[row] :] = torch.nan
-        if kv.scale is not None:
-            kv.scale[row, :, kv.state[row, 2] // BLOCK :] = torch.nan
-            kv.zero[row, :, kv.state[row, 2] // BLOCK :] = torch.nan
+        for tier, column in ((kv.tier, IN_TIER), (kv.important_tier, IN_IMPORTANT)):
+            for meta in () if tier is None else (tier.scale, tier.zero):
+                meta[row, :, kv.state[row, column] // BLOCK :] = torch.nan
     return kv
 
 
@@ -436,9 +444,8 @@ def test_what_lies_past_the_valid_length_reaches_no_result(preset):
     q, new = torch.randn(2, 2 * HEADS, 1, DIM), new_tokens(like=x)
 
     def results(k, v):
-        tiers = [[getattr(kv, name) for name in ("codes", "scale", "zero") if kv.codes is not None] for kv in (k, v)]
         attention = torch.ops.minikv.decode_attention(
-            q, new, new, *tiers, k.dense, v.dense, k.state, 400, 0.2, config
+            q, new, new, k.packed, v.packed, k.dense, v.dense, k.state, 400, 0.2, config
         )
         grown = torch.cat([torch.cat([k, new], 2), torch.cat([new] * 150, 2)], 2)
         return attention, k.dequantize(), grown.dequantize()

@@ -76,7 +76,8 @@ def build(case):
         for row, n in enumerate(case.in_dense):
             x[row, :, n:] = torch.nan
     offset = [length - case.new - n for n in case.in_dense]
-    state = torch.stack([torch.tensor(offset), torch.zeros(batch), tokens], -1).int()
+    none = torch.zeros(batch)
+    state = torch.stack([torch.tensor(offset), none, tokens, none, none, none], -1).int()
     q = random(case.kv_heads * case.ratio, case.new)
     new = [random(case.kv_heads, case.new, size) for size in (case.k_size, case.v_size)]
     return [q, *new, *tiers, *dense, state, length, case.dim**-0.5, case.bits, k_group, case.k_axis, v_group, rotation]

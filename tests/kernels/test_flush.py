@@ -9,19 +9,20 @@ from minikv_compile.kernels import flush
 from minikv_compile.kernels.packing import BLOCK
 
 
-def rows(used, tier, length, device):
-    state = [[length - u, 7, t * BLOCK] for u, t in zip(used, tier, strict=True)]
+def rows(used, tier, pinned, length, device):
+    state = [[length - u, 7, t * BLOCK, 0, p, BLOCK] for u, t, p in zip(used, tier, pinned, strict=True)]
     return torch.tensor(state, dtype=torch.int32, device=device)
 
 
 @settings(max_examples=15, deadline=None)
 @given(
-    used=st.lists(st.integers(0, 700), min_size=1, max_size=40), n=st.integers(1, 300), sinks=st.integers(0, 9),
+    held=st.lists(st.tuples(st.integers(0, 700), st.integers(0, 300)), min_size=1, max_size=40), n=st.integers(1, 300),
     window=st.integers(0, 130), blocks=st.integers(0, 5), length=st.integers(0, 5000),
 )  # fmt: skip
-def test_plan(device, used, n, sinks, window, blocks, length):
-    state = rows(used, range(len(used)), length, device)
-    arguments = (length, n, sinks + window + BLOCK, sinks, window, blocks)
+def test_plan(device, held, n, window, blocks, length):
+    used, pinned = zip(*held, strict=True)
+    state = rows(used, range(len(used)), pinned, length, device)
+    arguments = (length, n, window + BLOCK, window, blocks)
     assert torch.equal(flush.plan_triton(state, *arguments), flush.plan_reference(state, *arguments))
 
 
@@ -30,13 +31,14 @@ def test_plan(device, used, n, sinks, window, blocks, length):
 @pytest.mark.parametrize("sinks, window, capacity", [(4, 64, 196), (0, 0, 128), (3, 5, 700)])
 def test_move_up(device, dtype, dim, sinks, window, capacity):
     used = [capacity, capacity - 1, sinks, 0, min(capacity, sinks + window + BLOCK)]
+    pinned = [sinks, sinks + 1, sinks, sinks, 0]
     dense = torch.randn(len(used), 2, capacity, dim, device=device).to(dtype)
-    state = rows(used, range(len(used)), 1000, device)
-    plan = flush.plan_reference(state, 1000, 1, capacity, sinks, window, 5)
+    state = rows(used, range(len(used)), pinned, 1000, device)
+    plan = flush.plan_reference(state, 1000, 1, capacity - sinks, window, 5)
     assert plan[0, 0] > 0 and plan[0, 3] == 0
     expected, expected_state = dense.clone(), state.clone()
-    flush.move_up_reference(expected, expected_state, plan, sinks)
-    flush.move_up_triton(dense, state, plan, sinks)
+    flush.move_up_reference(expected, expected_state, plan)
+    flush.move_up_triton(dense, state, plan)
     assert torch.equal(state, expected_state)
     for row, left in enumerate((plan[2] - plan[0]).tolist()):
         assert torch.equal(dense[row, :, :left], expected[row, :, :left])

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minikv_compile.kernels.important import (
+    NO_TOKEN,
     distance_from_mean_reference,
     distance_from_mean_triton,
     stored_order_reference,
@@ -39,17 +40,22 @@ def test_not_finite(device, run):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    n=st.integers(1, 300), sinks=st.integers(0, 9), count=st.sampled_from([1, 2, 64, 70, 300]), heads=st.integers(1, 3),
-    seed=st.integers(0, 99),
+    n=st.integers(1, 300), sinks=st.integers(0, 9), most=st.sampled_from([1, 2, 64, 70, 300]), heads=st.integers(1, 3),
+    fewer=st.floats(0, 1), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_order(device, n, sinks, count, heads, seed):
+def test_order(device, n, sinks, most, heads, fewer, seed):
+    """The second row has fewer important tokens."""
     torch.manual_seed(seed)
-    n += sinks + count
-    chosen = [[torch.randperm(n - sinks)[:count].sort().values + sinks for _ in range(heads)] for _ in range(2)]
-    important = torch.stack([torch.stack(row) for row in chosen]).to(device)
-    order = stored_order_triton(important, n, sinks)
-    assert torch.equal(order, stored_order_reference(important, n, sinks))
+    n += sinks + most
+    counts = torch.tensor([most, int(fewer * most)], dtype=torch.int32)
+    important = torch.full((2, heads, most), NO_TOKEN)
+    for row, count in zip(important, counts.tolist(), strict=True):
+        for head in row:
+            head[:count] = torch.randperm(n - sinks)[:count].sort().values + sinks
+    important, counts = important.to(device), counts.to(device)
+    order = stored_order_triton(important, counts, n, sinks)
+    assert torch.equal(order, stored_order_reference(important, counts, n, sinks))
     for b, h in ((0, 0), (1, heads - 1)):
-        apart = important[b, h].tolist()
+        apart = important[b, h, : counts[b]].tolist()
         rest = [token for token in range(sinks, n) if token not in apart]
         assert order[b, h].tolist() == [*range(sinks), *apart, *rest]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from minikv_compile import MiniKVConfig
-from minikv_compile.fixed import allocate, make_room_reference
+from minikv_compile.fixed import DENSE, STATE, allocate, least_pinned, make_room_reference
+from minikv_compile.fixed import room as space_behind
 from minikv_compile.kernels import room
 from minikv_compile.kernels.packing import BLOCK
 from minikv_compile.ops import ROLES, grouping
@@ -24,34 +25,45 @@ def layers_of(config, used, dim, dtype, device):
     return made.values()
 
 
-@pytest.mark.parametrize("preset", ["default", "minikv"])
+def make_room(config, keys, values, n):
+    """As `fixed.make_room`, in Triton."""
+    dim = keys[0][DENSE].shape[-1]
+    axes = [grouping(config, role, dim) for role in ROLES]
+    parts = ([(*t[:3], t[DENSE], t[STATE], t[DENSE - 1]) for t in held] for held in (keys, values))
+    room.make_room(
+        *parts, n, space_behind(config, keys[0][DENSE].shape[2]), config.window, config.bits, *zip(*axes, strict=True),
+        rotation_matrix(config.rotation, dim, keys[0][0].device), config.balances, config.clip,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", ["default", "minikv", "mikv"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [64, 80])
 def test_like_layer_by_layer(device, preset, dtype, dim):
     config = MiniKVConfig.preset(preset)
-    full, some = config.capacity, config.capacity - 1
-    keys, values = layers_of(config, [[full, some], [some, some], [3, full]], dim, dtype, device)
-    keys[0][3][0, 1, config.pinned + 5, 3] = torch.nan
+    pinned = least_pinned(config)
+    full = pinned + config.room
+    keys, values = layers_of(config, [[full, full - 1], [full - 1, full - 1], [3, full]], dim, dtype, device)
+    keys[0][DENSE][0, 1, pinned + 5, 3] = torch.nan
+    if config.balances:
+        for tensors in keys:
+            tensors[DENSE - 1].uniform_(0.5, 2)
     expected = [[[t.clone() for t in tensors] for tensors in held] for held in (keys, values)]
     length = torch.tensor(900)
     for layer in range(3):
         make_room_reference(expected[0][layer], expected[1][layer], length, 1, config)
-    axes = [grouping(config, role, dim) for role in ROLES]
-    room.make_room(
-        keys, values, 1, config.pinned, config.window, config.bits, *zip(*axes, strict=True),
-        rotation_matrix(config.rotation, dim, device), config.clip,
-    )  # fmt: skip
+    make_room(config, keys, values, 1)
     assert length == 903
     for held, wanted in zip((keys, values), expected, strict=True):
         for tensors, others in zip(held, wanted, strict=True):
             *tier, dense, state = tensors
             *tier_there, dense_there, state_there = others
             assert torch.equal(state, state_there)
-            for got, there in zip(tier[1:], tier_there[1:], strict=True):  # scales and zeros
+            for got, there in zip(tier[1:3], tier_there[1:3], strict=True):  # scales and zeros
                 torch.testing.assert_close(got.float(), there.float(), rtol=1e-2, atol=1e-3)
             for row, left in enumerate((-state[:, 0] - 1).tolist()):
                 assert torch.equal(dense[row, :, :left].nan_to_num(), dense_there[row, :, :left].nan_to_num())
-    assert keys[0][4][0, 1] == 1 and keys[0][4][0, 2] == BLOCK
+    assert keys[0][STATE][0, 1] == 1 and keys[0][STATE][0, 2] == BLOCK
 
 
 def test_three_launches_however_many_layers(device, monkeypatch):
@@ -69,15 +81,12 @@ def test_three_launches_however_many_layers(device, monkeypatch):
 
         monkeypatch.setattr(room, name, Counted(kernel))
     keys, values = layers_of(config, [[10, 20]] * 5, 64, torch.float32, device)
-    room.make_room(
-        keys, values, 1, config.pinned, config.window, config.bits, (config.group, config.value_group(64)),
-        ("token", "channel"), None, config.clip,
-    )  # fmt: skip
+    make_room(config, keys, values, 1)
     assert launched == [(10, 1), (10, 2), (10, 2)]
 
 
 def test_a_table_goes_with_its_storages(device):
-    keys, values = layers_of(MiniKVConfig(), [[1]], 64, torch.float32, device)
+    keys, values = ([(*t[:3], t[DENSE], t[STATE]) for t in held] for held in layers_of(MiniKVConfig(), [[1]], 64, torch.float32, device))
     before = len(room._tables)
     table = room.table_of(keys, values)
     assert room.table_of(keys, values) is table and len(room._tables) == before + 1
