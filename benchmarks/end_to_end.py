@@ -1,6 +1,14 @@
-"""Speed and memory of a whole decoder, as README reports them: `minikv bench`.
+"""Speed and memory of a whole decoder, as README reports them: `minikv bench` and `minikv capacity`, the most important
+first. Each cell is printed as it is measured, and the files are written after each.
 
-python benchmarks/end_to_end.py --cases 1x131072,16x32768 --json benchmarks/results/end_to_end.json
+python benchmarks/end_to_end.py bench --cases 1x128k,16x32k --methods dense,default,minikv --rows 1 --steps 64 \
+    --minutes 6 --json benchmarks/results/end_to_end.json
+python benchmarks/end_to_end.py bench --cases 1x1k+2k+4k+8k --methods dense,default --steps 32 --minutes 2 \
+    --json benchmarks/results/short.json
+python benchmarks/end_to_end.py bench --cases 1x32k --methods dense,transformers,static,quanto,kvpress-snapkv:kept=0.2,\
+kvpress-pyramidkv:kept=0.2,default@dynamic --steps 16 --minutes 3 --json benchmarks/results/peers.json
+python benchmarks/end_to_end.py capacity --methods dense,default --memory 24GB --prompt 32k --probes 2 \
+    --json benchmarks/results/capacity.json
 """
 
 import sys
@@ -8,4 +16,4 @@ import sys
 from minikv_compile.cli import app
 
 if __name__ == "__main__":
-    app(["bench", *sys.argv[1:]])
+    app(sys.argv[1:])

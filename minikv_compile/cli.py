@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import bench as benchmark
+from . import capacity as capacities
 from .bench import DENSE, DYNAMIC, QUANTO, STATIC, TRANSFORMERS, check_method, check_model, parse_cases
 from .config import PRESETS, ConfigError
 from .evaluate import PLACES, TEXT, Group, make_group, record_groups, run_methods
@@ -258,6 +259,42 @@ def bench(
     console.print(benchmark.bench_table(results, f"{title(model)}, {count} layers, bf16, {weights}"))
     if plot is not None:
         benchmark.draw(benchmark.rows_of(results), plot)
+
+
+@app.command()
+def capacity(
+    model: Annotated[str, typer.Option(help=MODELS)] = "llama-3.1-8b",
+    methods: Annotated[str, typer.Option(help=f'"{DENSE}" or presets, comma-separated.')] = f"{DENSE},default,minikv",
+    memory: Annotated[str, typer.Option(help="Of the GPU that may be used, as in 24GB.")] = "24GB",
+    prompt: Annotated[str, typer.Option(help="Tokens of each row of the largest batch.")] = "32k",
+    what: Annotated[Literal["both", "batch", "prompt"], typer.Option(help="The largest batch, the longest prompt.")] = "both",
+    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than a named shape has.")] = None,
+    probes: Annotated[int, typer.Option(min=1, help="Sizes that are tried, at most.")] = 3,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens that an MLP reads at once.")] = 2048,
+    steps: Annotated[int, typer.Option(min=1, help="Tokens that a cache has room for besides the prompt.")] = 64,
+    json_file: Json = None,
+) -> None:
+    """Measure the largest batch and the longest prompt that fit, beside what `minikv plan` says. Needs a GPU."""
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("there is no GPU whose memory could be measured", param_hint="capacity")
+    chosen, limit, tokens = split_methods(methods), _parsed(parse_bytes, memory, option="--memory"), parse_tokens(prompt)
+    place = torch.device("cuda")
+    total = torch.cuda.get_device_properties(place).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0))
+    lm = _parsed(load_model, model, layers, place, torch.bfloat16, option="--model")
+    meta = random_model(lm.config, "meta", torch.bfloat16)
+    settings, found = benchmark.Settings(steps=steps), []
+    about = {**provenance(place), "shape": model, "layers": layers, "weight_bytes": weight_bytes(lm), "chunk": chunk}
+    with capacities.chunked(lm, chunk), capacities.chunked(meta, chunk), torch.no_grad():
+        for question in ("batch", "prompt") if what == "both" else (what,):
+            for method in chosen:
+                found.append(
+                    capacities.measure_capacity(method, lm, meta, question, tokens, min(limit, total), settings, probes)
+                )
+                print(json.dumps(asdict(found[-1])), flush=True)
+                if json_file is not None:
+                    json_file.write_text(json.dumps({**about, "results": [asdict(c) for c in found]}, indent=1) + "\n")
+    console.print(capacities.capacity_table(found, f"{title(model)}, {memory}"))
 
 
 def split_methods(text: str) -> list[str]:

@@ -50,7 +50,8 @@ class Fit:
 class Planner:
     """The memory of a model's caches under one method, without a GPU.
 
-    Prompts are read row by row into a cache for one row, which is copied into the one for all. At one row there is one.
+    Prompts are read row by row: into a cache for one row, which is copied into the one for all (at one row there is one), or,
+    where nothing is compressed, each layer into its place.
     """
 
     def __init__(self, model: PreTrainedModel, method: str, new_tokens: int):
@@ -121,6 +122,11 @@ class Planner:
         with torch.no_grad():
             forward(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
+    def total_bytes(self, batch: int, prompt: int, reading: int) -> int:
+        """The most bytes alive with `batch` rows of so many tokens, of which reading one takes `reading`."""
+        row = self.cache_bytes(1, prompt) if batch > 1 and self.config is not None else 0
+        return self.weights + self.cache_bytes(batch, prompt) + row + reading
+
     def fit(self, memory: int, prompt: int) -> Fit:
         """What fits `memory` bytes.
 
@@ -131,8 +137,7 @@ class Planner:
 
         def total(batch: int, length: int) -> int:
             # What is read grows with the length; a weight's or a constant's share of it is nothing.
-            row = self.cache_bytes(1, length) if batch > 1 else 0
-            return self.weights + self.cache_bytes(batch, length) + row + -(-reading * length // prompt)
+            return self.total_bytes(batch, length, -(-reading * length // prompt))
 
         free = max(memory - self.weights, 0)
         one = self.cache_bytes(1, prompt)

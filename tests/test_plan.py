@@ -72,7 +72,7 @@ def test_one_more_does_not_fit(method):
     fit = made.fit(memory, PROMPT)
 
     def total(batch, prompt):
-        row = made.cache_bytes(1, prompt) if batch > 1 else 0
+        row = made.cache_bytes(1, prompt) if batch > 1 and method != "full" else 0
         return made.weights + made.cache_bytes(batch, prompt) + row + fit.reading_bytes * prompt / PROMPT
 
     assert fit.total_bytes == total(1, PROMPT) and fit.cache_bytes == made.cache_bytes(1, PROMPT)
@@ -107,10 +107,13 @@ def test_as_measured():
     reading = {}
     for row in found["results"]:
         method, batch, prompt = {"dense": "full"}.get(row["method"], row["method"]), row["batch"], row["prompt"]
+        if method not in ("full", "default", "minikv") or "failed" in row or row.get("capacity", prompt) != prompt:
+            continue
         if method not in reading:
             reading[method] = planner(method, found["shape"], found["layers"]).reading_bytes(prompt) / prompt
-        # The benchmark's dense decoder copies a single row, too.
-        copies = 1 if batch == 1 and method != "full" else 1 + 1 / batch
+        # A row is copied into its place; results of before say no capacity, and there the dense one copied every row.
+        copied = "capacity" not in row if method == "full" else batch > 1
+        copies = 1 + copied / batch
         planned = found["weight_bytes"] + row["cache_bytes"] * copies + reading[method] * prompt
         assert abs(planned / row["prefill_peak"] - 1) < 0.05, row
 
