@@ -159,7 +159,7 @@ def test_inductor_chooses(monkeypatch):
     assert [choices for _, choices, *_ in seen] == [3, 3, 3]
     assert len({tuple(row[3:]) for row in seen}) == 3
     # What is measured: full regions of the sizes that the graph is compiled with.
-    offset, _, in_tier = seen[0][2][0]
+    offset, _, in_tier, *_ = seen[0][2][0]
     assert 901 - offset == held[2].shape[2] and in_tier == held[0][0].shape[2] * 128
 
 

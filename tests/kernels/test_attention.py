@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minikv_compile.kernels.attend import attend, attend_triton
+from minikv_compile.kernels.attend import Important, attend, attend_triton
 from minikv_compile.kernels.compress import compress_reference
 from minikv_compile.kernels.packing import BLOCK, value_group
 from minikv_compile.kernels.tuning import AttendTuning
@@ -40,6 +40,11 @@ class Case:
     k_size: float = 1.0
     v_size: float = 1.0
     seed: int = 0
+    balance: bool = False
+    important_bits: int = 0
+    """Of an important tier; 0 for none."""
+    in_important: tuple[int, ...] = (2, 0, 1)
+    """Blocks in each row's important tier."""
 
 
 def poison(packed, blocks):
@@ -61,30 +66,47 @@ def build(case):
     tokens = torch.tensor(case.in_tier, dtype=torch.int32) * BLOCK
     v_group = value_group(case.v_group, case.dim)
     k_group = case.k_group if case.k_axis == "token" else value_group(case.k_group, case.dim)
-    tiers = []
-    for size, group, axis, layout in (
-        (case.k_size, k_group, case.k_axis, "key"),
-        (case.v_size, v_group, "channel", "value"),
-    ):
-        x = random(case.kv_heads, case.capacity * BLOCK, size)
-        tiers.append(
-            compress_reference(x, None, 0, tokens, case.capacity, case.bits, group, axis, layout, rotation)
-        )
-        poison(tiers[-1], case.in_tier)
+    balancer = torch.rand(batch, case.kv_heads, case.dim, generator=generator) + 0.5 if case.balance else None
+
+    def tier(tokens, bits, blocks):
+        made = []
+        for size, group, axis, layout in (
+            (case.k_size, k_group, case.k_axis, "key"),
+            (case.v_size, v_group, "channel", "value"),
+        ):
+            x = random(case.kv_heads, case.capacity * BLOCK, size)
+            factors = balancer if layout == "key" else None
+            made.append(
+                compress_reference(
+                    x, None, 0, tokens, case.capacity, bits, group, axis, layout, rotation, balancer=factors
+                )
+            )
+            poison(made[-1], blocks[:batch])
+        return made
+
+    tiers, important = tier(tokens, case.bits, case.in_tier), None
+    second = torch.tensor(case.in_important[:batch], dtype=torch.int32) * BLOCK
+    if case.important_bits:
+        important = Important(*tier(second, case.important_bits, case.in_important), case.important_bits)
     dense = [random(case.kv_heads, case.dense_capacity, size) for size in (case.k_size, case.v_size)]
     for x in dense:
         for row, n in enumerate(case.in_dense):
             x[row, :, n:] = torch.nan
     offset = [length - case.new - n for n in case.in_dense]
     none = torch.zeros(batch)
-    state = torch.stack([torch.tensor(offset), none, tokens, none, none, none], -1).int()
+    state = torch.stack([torch.tensor(offset), none, tokens, none, none, second], -1).int()
     q = random(case.kv_heads * case.ratio, case.new)
     new = [random(case.kv_heads, case.new, size) for size in (case.k_size, case.v_size)]
-    return [q, *new, *tiers, *dense, state, length, case.dim**-0.5, case.bits, k_group, case.k_axis, v_group, rotation]
+    return [
+        q, *new, *tiers, *dense, state, length, case.dim**-0.5, case.bits, k_group, case.k_axis, v_group, rotation, balancer,
+        important,
+    ]  # fmt: skip
 
 
 def to_device(arguments, device):
     def move(x):
+        if isinstance(x, Important):
+            return Important(move(x.keys), move(x.values), x.bits)
         if isinstance(x, tuple):
             return tuple(t.to(device) for t in x)
         return x.to(device, copy=True) if isinstance(x, torch.Tensor) else x
@@ -98,7 +120,11 @@ def check(case, device, tuning=SMALL, edit=lambda arguments: None, largest=1.0):
     edit(arguments)
     on_device = to_device(arguments, device)
     actual = attend_triton(*on_device, tuning=tuning)
-    arguments[3:5] = [t and tuple(x.nan_to_num(0.0) for x in t) for t in arguments[3:5]]  # 0 * NaN in the reference
+    finite = [t and tuple(x.nan_to_num(0.0) for x in t) for t in arguments[3:5]]  # 0 * NaN in the reference
+    arguments[3:5] = finite
+    if arguments[-1] is not None:
+        held = ((arguments[-1].keys, arguments[-1].values), arguments[-1].bits)
+        arguments[-1] = Important(*(tuple(x.nan_to_num(0.0) for x in t) for t in held[0]), held[1])
     expected = attend(arguments[0].float(), *arguments[1:])
     assert actual.dtype == case.dtype and actual.shape == expected.shape
     tolerance = TOLERANCE[case.dtype]
@@ -120,11 +146,25 @@ def check(case, device, tuning=SMALL, edit=lambda arguments: None, largest=1.0):
     rotate=st.booleans(),
     in_tier=st.integers(0, 3),
     in_dense=st.integers(0, 120),
+    balance=st.booleans(),
     seed=st.integers(0, 9),
 )
 def test_matches_reference(device, **choices):
     choices["in_tier"] = (choices["in_tier"],)
     choices["in_dense"] = (choices["in_dense"],)
+    check(Case(**choices), device)
+
+
+@settings(max_examples=10)
+@given(
+    dim=st.sampled_from([64, 80, 128]), ratio=st.sampled_from([1, 3, 8]), new=st.sampled_from([1, 3]),
+    dtype=st.sampled_from(DTYPES), bits=st.sampled_from([2, 4]), important_bits=st.sampled_from([4, 8]),
+    k_axis=st.sampled_from(["token", "channel"]), rotate=st.booleans(), balance=st.booleans(),
+    in_tier=st.tuples(st.integers(0, 3), st.integers(0, 3)), in_important=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    seed=st.integers(0, 9),
+)  # fmt: skip
+def test_important_tier(device, **choices):
+    """Two tiers and the dense region are one softmax; any of the tiers may be empty, in one row or in both."""
     check(Case(**choices), device)
 
 

@@ -49,15 +49,16 @@ def counters(x, device):
     return tuple(torch.zeros(n, dtype=torch.int32, device=device) for n in ((x.shape[0], x.shape[2]), x.shape[0]))
 
 
-def check(device, x, index, start, tokens, blocks, bits, group, axis, layout, rotation):
+def check(device, x, index, start, tokens, blocks, bits, group, axis, layout, rotation, balancer=None):
     counted, counted_reference = counters(x, device), counters(x, "cpu")
     expected = compress_reference(
-        x, index, start, tokens, blocks, bits, group, axis, layout, rotation, counted=counted_reference
+        x, index, start, tokens, blocks, bits, group, axis, layout, rotation, counted=counted_reference, balancer=balancer
     )
-    on_device = [t if t is None else t.to(device) for t in (index, tokens, rotation)]
-    index, tokens, rotation = on_device
+    index, start, tokens, rotation, balancer = (
+        t.to(device) if isinstance(t, torch.Tensor) else t for t in (index, start, tokens, rotation, balancer)
+    )
     actual = compress_triton(
-        x.to(device), index, start, tokens, blocks, bits, group, axis, layout, rotation, counted=counted
+        x.to(device), index, start, tokens, blocks, bits, group, axis, layout, rotation, counted=counted, balancer=balancer
     )
     for ours, theirs in zip(counted, counted_reference, strict=True):
         assert torch.equal(ours.cpu(), theirs)
@@ -96,6 +97,23 @@ def test_matches_reference(device, dim, dtype, bits, group, axis, layout, filled
     index = torch.stack([torch.randperm(seq), torch.randperm(seq)])[:, None] if gather else None
     tokens = torch.tensor(filled, dtype=torch.int32) * BLOCK
     check(device, x, index, start, tokens, 2, bits, group, axis, layout, hadamard(dim) if rotate else None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("axis, dim", [("channel", 80), ("token", 64)])
+def test_balanced_keys_from_where_each_row_starts(device, axis, dim, rotate, dtype):
+    x = values("normal", (2, 2, 2 * BLOCK + 5, dim), dtype, 3)
+    start, tokens = torch.tensor([5, 2], dtype=torch.int32), torch.tensor([2, 1], dtype=torch.int32) * BLOCK
+    balancer = torch.rand(2, 2, dim, generator=torch.Generator().manual_seed(0)) * 3 + 0.1
+    check(device, x, None, start, tokens, 2, 2, 16, axis, "key", hadamard(dim) if rotate else None, balancer)
+    # And it is the keys' product that is packed.
+    moved = torch.stack([row[:, first : first + 2 * BLOCK] for row, first in zip(x, start.tolist(), strict=True)])
+    multiplied = (moved.float() * balancer[:, :, None]).to(dtype)
+    rotation = hadamard(dim) if rotate else None
+    ours = compress_reference(x, None, start, tokens, 2, 2, 16, axis, "key", rotation, balancer=balancer)
+    plain = compress_reference(multiplied, None, 0, tokens, 2, 2, 16, axis, "key", rotation)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 
 
 def test_strided_heads(device):
