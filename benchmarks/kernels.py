@@ -42,7 +42,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minikv_compile.kernels.attend import attend_triton
 from minikv_compile.kernels.compress import empty_packed
-from minikv_compile.kernels.packing import BLOCK
 from minikv_compile.kernels.prefill import causal_attention_lse
 from minikv_compile.kernels.scores import column_scores_triton
 from minikv_compile.kernels.tuning import ATTEND_VARIANTS
