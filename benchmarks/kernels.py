@@ -187,7 +187,8 @@ def tensors(case: Case, device: torch.device, seed: int) -> list:
                     meta[row, :, tier_tokens[row] // BLOCK :] = torch.nan
             for x in dense:
                 x[row, :, dense_tokens[row] - case.new :] = torch.nan
-    state = torch.stack([case.length - dense_tokens, torch.zeros_like(tier_tokens), tier_tokens], -1).int()
+    none = torch.zeros_like(tier_tokens)
+    state = torch.stack([case.length - dense_tokens, none, tier_tokens, none, none, none], -1).int()
     q = normal(batch, case.heads, case.new, dim)
     new = [normal(batch, kv, case.new, dim) for _ in range(2)]
     return [q, *new, *tiers, *dense, state, case.length, dim**-0.5, case.bits, case.k_group, case.k_axis,
@@ -610,11 +611,12 @@ def compress_row(bench: Benchmark, preset: str, seq: int) -> None:
     before = min(time_causal(bench, x).values())
     config = MiniKVConfig.preset(preset)
     k, v = x[1:]
-    scores = torch.rand(k.shape[:3], device=bench.device) if config.drops else None
+    scores = None if config.observed_queries is None else torch.rand(k.shape[:3], device=bench.device)
+    q_range = torch.rand(*k.shape[:2], k.shape[3], device=bench.device) if config.balances else None
     layer, layers = 15, 32
 
     def run() -> None:
-        compress_prompt(k, v, scores, None, None, layer, layers, config.to_json())
+        compress_prompt(k, v, scores, None, None, layer, layers, config.to_json(), q_range)
 
     launched = bench.timer([run], graph=False)
     device_us, launches = device_time(run, bench.dry)
@@ -646,17 +648,19 @@ def flush_row(bench: Benchmark, batch: int) -> None:
 
     config = MiniKVConfig.preset("default")
     heads, dim, blocks = 8, 128, 8
-    capacity = config.capacity
+    pinned = config.pinned(config.important_tokens(0))
+    capacity = pinned + config.room
     dense = [torch.randn(batch, heads, capacity, dim, device=bench.device, dtype=torch.bfloat16) for _ in range(2)]
     tiers, states = [], []
-    for role, (group, axis) in dict(key=(config.group, "token"), value=(config.value_group(dim), "channel")).items():
+    for role in ops.ROLES:
+        group, axis = ops.grouping(config, role, dim)
         tiers.append(empty_packed(batch, heads, blocks, dim, 2, group, axis, role, torch.bfloat16, bench.device))
-        states.append(torch.tensor([[0, 0, BLOCK]] * batch, dtype=torch.int32, device=bench.device))
+        states.append(torch.tensor([[0, 0, BLOCK, 0, pinned, 0]] * batch, dtype=torch.int32, device=bench.device))
 
     def run():
         for role, tier, x, state in zip(ops.ROLES, tiers, dense, states, strict=True):
-            state.zero_()
-            torch.ops.minikv.flush(*tier, x, state, capacity, 1, capacity, 1, role, config.to_json())
+            state[:, :3] = 0
+            torch.ops.minikv.flush(*tier, x, state, capacity, 1, config.room, 1, role, config.to_json())
 
     launched = bench.timer([run], graph=False)
     captured = bench.timer([run])
