@@ -37,7 +37,7 @@ ATTEND = [
     dict(dim=128, tier=False),
     dict(dim=128, group=64, axis="channel", rotate=False, important_bits=4),
 ]
-"""Head dimensions with and without padding, each width of codes, groups along tokens and channels, no tier, and an important one."""
+"""Head dimensions with and without padding, each width of codes, groups along tokens and channels, no tier, an important one."""
 
 
 def counters(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

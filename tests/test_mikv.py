@@ -12,7 +12,7 @@ from transformers.models.llama import modeling_llama
 
 from minikv_compile import MiniKVCache, MiniKVConfig, cache_report
 from minikv_compile.balancer import balancer_of, query_range
-from minikv_compile.kernels.state import IN_IMPORTANT, IN_TIER, OFFSET, PINNED
+from minikv_compile.kernels.state import IN_IMPORTANT, IN_TIER, PINNED
 from minikv_compile.measure import parse_method
 from minikv_compile.ops import slots
 from minikv_compile.tasks import make_sample
