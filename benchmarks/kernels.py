@@ -322,11 +322,12 @@ def compress_row(bench: Benchmark, preset: str, seq: int) -> None:
     before = min(time_causal(bench, x).values())
     config = MiniKVConfig.preset(preset)
     k, v = x[1:]
-    scores = torch.rand(k.shape[:3], device=bench.device) if config.drops else None
+    scores = None if config.observed_queries is None else torch.rand(k.shape[:3], device=bench.device)
+    q_range = torch.rand(*k.shape[:2], k.shape[3], device=bench.device) if config.balances else None
     layer, layers = 15, 32
 
     def run() -> None:
-        compress_prompt(k, v, scores, None, None, layer, layers, config.to_json())
+        compress_prompt(k, v, scores, None, None, layer, layers, config.to_json(), q_range)
 
     launched = bench.timer([run], graph=False)
     device_us, launches = device_time(run, bench.dry)
@@ -362,14 +363,15 @@ def flush_row(bench: Benchmark, batch: int) -> None:
     capacity = pinned + config.room
     dense = [torch.randn(batch, heads, capacity, dim, device=bench.device, dtype=torch.bfloat16) for _ in range(2)]
     tiers, states = [], []
-    for role, (group, axis) in dict(key=(config.group, "token"), value=(config.value_group(dim), "channel")).items():
+    for role in ops.ROLES:
+        group, axis = ops.grouping(config, role, dim)
         tiers.append(empty_packed(batch, heads, blocks, dim, 2, group, axis, role, torch.bfloat16, bench.device))
         states.append(torch.tensor([[0, 0, 0, 0, pinned, 0]] * batch, dtype=torch.int32, device=bench.device))
 
     def run():
         for role, tier, x, state in zip(ops.ROLES, tiers, dense, states, strict=True):
-            state[:, : ops.IN_TIER + 1] = 0
-            torch.ops.minikv.flush(*tier, x, state, capacity, 1, config.room, 1, role, config.to_json(), None)
+            state[:, :3] = 0
+            torch.ops.minikv.flush(*tier, x, state, capacity, 1, config.room, 1, role, config.to_json())
 
     launched = bench.timer([run], graph=False)
     captured = bench.timer([run])

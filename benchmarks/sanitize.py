@@ -21,7 +21,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 import _path  # noqa: F401
 import torch
 
-from minikv_compile.kernels.attend import attend_triton
+from minikv_compile.kernels.attend import Important, attend_triton
 from minikv_compile.kernels.compress import compress_triton, dense_region_triton, empty_packed
 from minikv_compile.kernels.flush import move_up_triton, plan_triton
 from minikv_compile.kernels.important import distance_from_mean_triton, stored_order_triton
@@ -37,8 +37,9 @@ ATTEND = [
     dict(dim=80, group=16, heads=14, rotate=False),
     dict(dim=128, group=16, axis="channel", bits=8, new=3),
     dict(dim=128, tier=False),
+    dict(dim=128, group=64, axis="channel", rotate=False, important_bits=4),
 ]
-"""Head dimensions with and without padding, each width of codes, groups along tokens and channels, no tier."""
+"""Head dimensions with and without padding, each width of codes, groups along tokens and channels, no tier, an important one."""
 
 
 def counters(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,7 +47,8 @@ def counters(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def attend(
-    dim=128, dtype=torch.bfloat16, bits=2, group=64, axis="token", heads=8, new=1, rotate=True, tier=True
+    dim=128, dtype=torch.bfloat16, bits=2, group=64, axis="token", heads=8, new=1, rotate=True, tier=True,
+    important_bits=0,
 ) -> None:  # fmt: skip
     """Two ragged rows, of which the second has no block in its tier."""
     batch, kv_heads, blocks, length = 2, 2, 2, 1000
@@ -54,18 +56,27 @@ def attend(
     tokens = torch.tensor([blocks * BLOCK, 0], dtype=torch.int32, device="cuda")
     k_group = group if axis == "token" else value_group(group, dim)
     x = torch.randn(batch, kv_heads, blocks * BLOCK, dim, device="cuda").to(dtype)
-    tiers = [
-        compress_triton(x, None, 0, tokens, blocks, bits, g, a, layout, rotation, counted=counters(x))
-        for layout, g, a in (("key", k_group, axis), ("value", value_group(group, dim), "channel"))
-    ]
+    balancer = torch.rand(batch, kv_heads, dim, device="cuda") + 0.5 if important_bits else None
+
+    def packed(bits):
+        return [
+            compress_triton(
+                x, None, 0, tokens, blocks, bits, g, a, layout, rotation, counted=counters(x),
+                balancer=balancer if layout == "key" else None,
+            )  # fmt: skip
+            for layout, g, a in (("key", k_group, axis), ("value", value_group(group, dim), "channel"))
+        ]
+
+    tiers = packed(bits)
+    important = Important(*packed(important_bits), important_bits) if important_bits else None
     dense = [torch.randn(batch, kv_heads, 70, dim, device="cuda").to(dtype) for _ in range(2)]
     offset = torch.tensor([length - 70, length - new], device="cuda")
     none = torch.zeros_like(offset)
-    state = torch.stack([offset, none, tokens, none, none, none], -1).int()
+    state = torch.stack([offset, none, tokens, none, none, tokens if important_bits else none], -1).int()
     q, k, v = (torch.randn(batch, h, new, dim, device="cuda").to(dtype) for h in (heads, kv_heads, kv_heads))
     k_tier, v_tier = tiers if tier else (None, None)
     attend_triton(q, k, v, k_tier, v_tier, *dense, state, length, dim**-0.5, bits, k_group, axis,
-                  value_group(group, dim), rotation if tier else None)  # fmt: skip
+                  value_group(group, dim), rotation if tier else None, balancer, important)  # fmt: skip
 
 
 def compress(dim: int, dtype: torch.dtype, layout: str, group: int, rotate: bool) -> None:

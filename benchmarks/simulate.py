@@ -23,14 +23,17 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 
+from minikv_compile.balancer import query_range
 from minikv_compile.cli import load
 from minikv_compile.config import MiniKVConfig
 from minikv_compile.haystack import held_out_ids
 from minikv_compile.kernels.important import distance_from_mean, stored_order
 from minikv_compile.kernels.packing import BLOCK
+from minikv_compile.kernels.prefill import causal_attention_lse
+from minikv_compile.kernels.scores import column_scores
 from minikv_compile.kernels.select import highest
 from minikv_compile.measure import parse_method
-from minikv_compile.ops import compress_prompt, dequantize, fields
+from minikv_compile.ops import ROLES, compress_prompt, dequantize, fields, tier_names
 from minikv_compile.provenance import provenance
 from minikv_compile.rotation import rotation_matrix
 from minikv_compile.tasks import make_sample
@@ -54,7 +57,7 @@ class Prompt:
     """[layers, kv_heads, n, head_dim]"""
     values: Tensor
     queries: Tensor
-    """Second moments of the queries of each KV head: fp32 [layers, kv_heads, head_dim, head_dim]."""
+    """[layers, heads, n, head_dim]"""
     tokens: Tensor
     """The prompt's last token and the continuation, int64 [1, n]."""
 
@@ -74,20 +77,39 @@ def read(model, ids: Tensor, continuation: Tensor) -> Prompt:
     finally:
         modeling_llama.apply_rotary_pos_emb = rotary
     keys, values = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("keys", "values"))
-    queries = torch.cat(seen).float().unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
-    return Prompt(keys, values, queries.mT @ queries / queries.shape[2], torch.cat([ids[:, -1:], continuation], 1))
+    return Prompt(keys, values, torch.cat(seen), torch.cat([ids[:, -1:], continuation], 1))
+
+
+def moments(prompt: Prompt) -> Tensor:
+    """Second moments of the queries of each KV head: fp32 [layers, kv_heads, head_dim, head_dim]."""
+    queries = prompt.queries.float().unflatten(1, (prompt.keys.shape[1], -1)).flatten(2, 3)
+    return queries.mT @ queries / queries.shape[2]
+
+
+def scores(prompt: Prompt, observed: int | None) -> Tensor | None:
+    """What the policies see of the prompt's attention: fp32 [layers, kv_heads, n]."""
+    if observed is None:
+        return None
+    q, k = prompt.queries, prompt.keys
+    scale = q.shape[3] ** -0.5
+    layers = [
+        column_scores(q, k, causal_attention_lse(q, k, k, scale)[1], scale, None, observed or None)
+        for q, k in zip(q.split(1), k.split(1), strict=True)
+    ]
+    return torch.cat(layers)
 
 
 def stored(prompt: Prompt, config: MiniKVConfig) -> list[Tensor]:
     """Keys and values, compressed and read back."""
     k, v = prompt.keys, prompt.values
-    made = compress_prompt(k, v, None, None, None, 0, 1, config.to_json())
-    names = fields(config, False)
+    observed, q_range = scores(prompt, config.observed_queries), query_range(prompt.queries, k, None, None)
+    made = iter(compress_prompt(k, v, observed, None, None, 0, 1, config.to_json(), q_range))
     back = []
-    for role, part in zip(("key", "value"), (made[: len(names)], made[len(names) :]), strict=True):
-        held = dict(zip(names, part, strict=True))
-        order = ("codes", "scale", "zero", "dense", "state", "important", "kept")
-        back.append(dequantize(*(held.get(name) for name in order), k.shape[2], role, config.to_json()))
+    for role in ROLES:
+        held = {name: next(made) for name in fields(config, role, False)}
+        tier = [held[name] for name in tier_names(config, role)]
+        order = ("dense", "state", "important", "kept")
+        back.append(dequantize(tier, *(held.get(name) for name in order), k.shape[2], role, config.to_json()))
     return back
 
 
@@ -95,18 +117,21 @@ def with_feedback(prompt: Prompt, config: MiniKVConfig, plain: Tensor) -> Tensor
     """Keys as `plain`, but with codes chosen channel by channel, each making up for the errors of those before it in what
     the prompt's queries see (GPTQ, arXiv 2210.17323, with the queries' second moments for its Hessian). Same bytes."""
     layers, heads, n, dim = plain.shape
-    packed = max(0, n - config.pinned - config.window) // BLOCK * BLOCK
+    count = config.important_tokens(n)
+    pinned = config.pinned(count)
+    packed = max(0, n - pinned - config.window) // BLOCK * BLOCK
     rotation = rotation_matrix(config.rotation, dim, plain.device)
-    score = distance_from_mean(prompt.keys.flatten(0, 1))[:, config.sinks : config.pinned + packed]
-    apart = highest(score, config.important).unflatten(0, (layers, heads)) + config.sinks
-    places = stored_order(apart, n, config.sinks)[..., config.pinned : config.pinned + packed]
+    score = distance_from_mean(prompt.keys.flatten(0, 1))[:, config.sinks : pinned + packed]
+    apart = highest(score, count).unflatten(0, (layers, heads)) + config.sinks
+    counts = torch.full((layers,), count, dtype=torch.int32, device=plain.device)
+    places = stored_order(apart, counts, n, config.sinks)[..., pinned : pinned + packed]
     places = places[..., None].expand(-1, -1, -1, dim)
     x = (prompt.keys.gather(2, places).float() @ rotation).unflatten(2, (-1, config.group))
     low, high = x.amin(3, keepdim=True), x.amax(3, keepdim=True)
     zero, step = low.bfloat16().float(), ((high - low) / (2**config.bits - 1)).bfloat16().float()
-    moments = rotation.T @ prompt.queries @ rotation
-    moments.diagonal(dim1=-2, dim2=-1).add_(moments.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True), alpha=0.01)
-    lower = torch.linalg.cholesky(moments)
+    seen = rotation.T @ moments(prompt) @ rotation
+    seen.diagonal(dim1=-2, dim2=-1).add_(seen.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True), alpha=0.01)
+    lower = torch.linalg.cholesky(seen)
     weights = lower / lower.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
     error = torch.zeros_like(x)
     for i in reversed(range(dim)):

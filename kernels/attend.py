@@ -9,14 +9,14 @@ import torch
 import triton
 from torch import Tensor
 
-from .attention import _prepare_kernel, _split_kernel
+from .attention import _split_kernel
 from .compress import Packed
 from .jit import check_dtype, check_head_dim, dot_precision, operand_dtype, unit_last
 from .merge import _merge_kernel
 from .packing import BLOCK, WORD_BITS, GroupAxis, dequantize, unpack, value_chunks, words
+from .prepare import _prepare_kernel
 from .state import COLUMNS, IN_IMPORTANT, IN_TIER, NO_OFFSET, OFFSET
 from .tuning import AttendTuning, attend_tuning, merge_tuning
-
 
 
 @dataclass(frozen=True)

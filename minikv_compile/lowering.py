@@ -21,11 +21,11 @@ from torch import Tensor
 
 from . import compat
 from .config import MiniKVConfig
-from .kernels import attend, attention, jit, merge, packing
+from .kernels import attend, attention, jit, merge, packing, prepare, state
 from .kernels.attend import BLOCK, MERGE_WARPS, Launches
 from .kernels.tuning import template_tunings
-from .ops import grouping
 from .rotation import rotation_matrix
+from .tiers import grouping
 
 DEVICES = set() if os.environ.get("MINIKV_TEMPLATES") == "0" else {"cuda"}
 """Types of devices whose graphs get the templates; `MINIKV_TEMPLATES=0` leaves the op there. (The tests add "cpu", in
@@ -37,7 +37,8 @@ _SOURCES = Path(attention.__file__).parent / "templates"
 @cache
 def fingerprint() -> str:
     """Of all text that a generated kernel is made of: Inductor's caches know neither templates nor what they import."""
-    files = [*sorted(_SOURCES.glob("*.jinja")), *(Path(m.__file__) for m in (attend, attention, jit, merge, packing)), Path(__file__)]
+    modules = attend, attention, jit, merge, packing, prepare, state
+    files = [*sorted(_SOURCES.glob("*.jinja")), *(Path(module.__file__) for module in modules), Path(__file__)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

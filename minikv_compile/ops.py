@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import wraps
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from .kernels.select import bitmask
 from .kernels.state import COLUMNS, IN_IMPORTANT, IN_TIER, NOT_FINITE, OFFSET, PINNED
 from .policy import Prompt, important_tokens, select
 from .rotation import rotation_matrix
+from .tiers import attended, grouping, tier_names
 
 ROLES = ("key", "value")
 
@@ -127,37 +127,6 @@ def blocks_to_flush(used: int, n: int, room: int, config: MiniKVConfig) -> int:
     return max(0, used - config.window) // BLOCK if used + n > room else 0
 
 
-def grouping(config: MiniKVConfig, role: str, head_dim: int) -> tuple[int, str]:
-    """Group size and axis of the keys or the values."""
-    if role == "key" and config.key_axis == "token":
-        return config.group, "token"
-    return config.value_group(head_dim), "channel"
-
-
-def tier_names(config: MiniKVConfig, role: str) -> list[str]:
-    """Names of the tensors that say what the packed keys or values of a `KVTensor` are: codes, scale and zero of the tier,
-    then of the important tier, then the balancer of the keys. Ops take them as one list."""
-    if config.bits == 16:
-        return []
-    names = ["codes", "scale", "zero"]
-    if config.two_tiers:
-        names += [f"important_{name}" for name in names]
-    return names + ["balancer"] * (config.balances and role == "key")
-
-
-def attended(k_tier: Sequence[Tensor], v_tier: Sequence[Tensor], config: MiniKVConfig, dim: int) -> dict[str, Any]:
-    """What `attend` is told of packed tokens but their rotation: by lists of `tier_names`."""
-    k_group, k_axis = grouping(config, "key", dim)
-    important = None
-    if config.two_tiers:
-        important = attend.Important(tuple(k_tier[3:6]), tuple(v_tier[3:6]), config.important_bits)
-    return dict(
-        k_tier=tuple(k_tier[:3]) or None, v_tier=tuple(v_tier[:3]) or None, bits=config.bits, k_group=k_group,
-        k_axis=k_axis, v_group=config.value_group(dim), balancer=k_tier[-1] if config.balances else None,
-        important=important,
-    )  # fmt: skip
-
-
 def stored_tokens(state: Tensor, length: int | Tensor) -> Tensor:
     """int32 [batch]: how many of the `length` logical tokens are stored."""
     return length - state[:, OFFSET] + state[:, IN_TIER] + state[:, IN_IMPORTANT]
@@ -213,8 +182,8 @@ def compress_prompt(
     rows = torch.tensor(
         [_row(kept, seq, count, whole, settings) for kept, count in zip(counts, apart, strict=True)], dtype=torch.int32
     )
-    packed, in_dense, capacity = rows[:, IN_TIER].tolist(), (seq - rows[:, OFFSET]).tolist(), 0
-    capacity = dense_capacity(settings, max(in_dense), int(rows[:, PINNED].max()))
+    packed = rows[:, IN_TIER].tolist()
+    capacity = dense_capacity(settings, int((seq - rows[:, OFFSET]).max()), int(rows[:, PINNED].max()))
     if k.is_cuda:
         rows = rows.pin_memory()  # a copy from anything else would wait for the device
     rows = rows.to(k.device, non_blocking=True)

@@ -59,7 +59,7 @@ def measure(preset, layers, length, kind):
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked", "padded"])
-@pytest.mark.parametrize("preset", ["default", "minikv"])
+@pytest.mark.parametrize("preset", ["default", "minikv", "mikv"])
 def test_prefill_is_linear_and_holds_one_dense_layer(preset, kind):
     layer = 2 * 2 * HEADS * LONG * HEAD_DIM * 4  # dense keys and values of one layer: batch of two, fp32
     largest, peak = measure(preset, 2, LONG, kind)
