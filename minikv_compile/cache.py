@@ -46,6 +46,7 @@ class MiniKVLayer(CacheLayerMixin):
         self.config, self.max_cache_len, self.batch_size = config, max_cache_len, batch_size
         self.place, self.count = place, count
         self._settings = config.to_json()  # as ops take it; computing it is nothing for Dynamo
+        self.taken: tuple[str, Tensor, MiniKVLayer] | None = None  # rows that one of two static buffers was asked for
         self.filled = False  # whether a prompt is in it; of all that changes, the one thing the host knows
         with compat.outside_inference_mode():
             self.key, self.value = (
@@ -85,19 +86,25 @@ class MiniKVLayer(CacheLayerMixin):
             RuntimeError: a policy that drops tokens, decoded without the backend.
         """
         if not self.filled:
-            minikv.store_prompt(
-                key_states, value_states, None, None, None, self.key, self.value, self.important, self.kept, self.length,
-                self.padding, self.place, self.count, self.max_cache_len, self._settings,
-            )  # fmt: skip
-            self.filled = True
-            if not torch.compiler.is_compiling():  # else the boundary of the graph looks
-                states = [("key", self.place, self.key[fixed.STATE]), ("value", self.place, self.value[fixed.STATE])]
-                report_prompt(states, self.config.strict)
+            self.store(key_states, value_states)
             return key_states, value_states
         return minikv.update(
             key_states, value_states, self.key, self.value, self.important, self.kept, self.length, self.padding,
             self.max_cache_len, self._settings,
         )  # fmt: skip
+
+    def store(
+        self, key_states: Tensor, value_states: Tensor, order: Tensor | None = None, lengths: Tensor | None = None
+    ) -> None:  # fmt: skip
+        """Store a prompt. `order`, `lengths`: of `ops.align_rows`, if some of its tokens are padding."""
+        minikv.store_prompt(
+            key_states, value_states, None, order, lengths, self.key, self.value, self.important, self.kept, self.length,
+            self.padding, self.place, self.count, self.max_cache_len, self._settings,
+        )  # fmt: skip
+        self.filled = True
+        if not torch.compiler.is_compiling():  # else the boundary of the graph looks
+            states = [("key", self.place, self.key[fixed.STATE]), ("value", self.place, self.value[fixed.STATE])]
+            report_prompt(states, self.config.strict)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that a mask is about, and the first of them."""
@@ -154,6 +161,15 @@ class MiniKVLayer(CacheLayerMixin):
             )
         self.batch_size = len(rows)
         self._mark_static()
+
+    def selected(self, indices: Tensor) -> MiniKVLayer:
+        """A copy of these rows, with storages of its own."""
+        part = object.__new__(MiniKVLayer)
+        part.__dict__.update(self.__dict__)
+        with compat.outside_inference_mode():
+            part.length = self.length.clone()
+        part.batch_select_indices(indices)
+        return part
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
@@ -345,13 +361,7 @@ class MiniKVCache(Cache):
         copy = object.__new__(MiniKVCache)
         Cache.__init__(copy, layers=[])
         copy.config, copy.capacity = self.config, self.capacity
-        for layer in self.layers:
-            part = object.__new__(MiniKVLayer)
-            part.__dict__.update(layer.__dict__)
-            with compat.outside_inference_mode():
-                part.length = layer.length.clone()
-            part.batch_select_indices(torch.arange(start, stop))
-            copy.layers.append(part)
+        copy.layers += [layer.selected(torch.arange(start, stop)) for layer in self.layers]
         return copy
 
     def _check_like(self, other: MiniKVCache) -> None:

@@ -15,6 +15,7 @@ import torch._dynamo
 from torch import Tensor
 from torch._dynamo import lookup_backend, maybe_mark_dynamic
 from torch._dynamo.source import AttrSource, ConstantSource, TensorProperty, TensorPropertySource
+from torch._dynamo.symbolic_convert import tls
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import GraphModule, Node
@@ -117,6 +118,19 @@ def is_attribute(node: Node) -> bool:
     name of a source is text, or gives it when called."""
     name = getattr(node, "_dynamo_source", None) and node._dynamo_source.name
     return "." in (name() if callable(name) else name or "")
+
+
+def owner_of(node: Node | None) -> Any:
+    """The object whose attribute a placeholder is, in the frame that Dynamo is tracing; None if that is not known."""
+    base = getattr(getattr(node, "_dynamo_source", None), "base", None)
+    frame = getattr(tls, "current_tx", None)
+    if base is None or frame is None:
+        return None
+    name, output = base.name() if callable(base.name) else base.name, frame.output
+    try:  # a source is the text of an expression, as guards evaluate it
+        return eval(name, {"L": output.local_scope, "G": output.global_scope})
+    except Exception:  # of something that only guards know
+        return None
 
 
 def become(x: Tensor, other: Tensor) -> None:

@@ -10,9 +10,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from transformers import Cache
 
 from .backend import MiniKVBackend
-from .buffers import layers_of, make_dense
+from .buffers import GivenBack, layers_of, make_dense
 from .config import MiniKVConfig
 from .passes.rewrite import SiteReport
 from .tensor import SEQ, KVTensor
@@ -96,6 +97,8 @@ def _pairs(cache: Any) -> Iterator[tuple[Tensor, Tensor] | None]:
     if isinstance(cache, torch.nn.Module):
         cache = layers_of(cache)
     for layer in cache.layers if hasattr(cache, "layers") else cache or ():
+        if isinstance(getattr(layer, "keys", None), GivenBack):
+            layer = layer.keys.layer
         pair = (layer.keys, layer.values) if hasattr(layer, "keys") and hasattr(layer, "values") else layer
         is_pair = isinstance(pair, (tuple, list)) and len(pair) >= 2
         yield tuple(pair[:2]) if is_pair and all(isinstance(t, Tensor) and t.dim() == 4 for t in pair[:2]) else None
@@ -164,7 +167,8 @@ def explain(model: torch.nn.Module, *args: Any, config: MiniKVConfig | None = No
                 mask = step["attention_mask"]
                 step["attention_mask"] = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], -1)
             forward(**step, past_key_values=cache)
-    make_dense(model)
+    for owner in (model, *(x for x in inputs.values() if isinstance(x, Cache))):
+        make_dense(owner)
     return Explanation(backend.graphs)
 
 

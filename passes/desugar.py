@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from .. import compat
-from ..buffers import Buffers
+from ..buffers import OPENED, Buffers
+from ..cache import MiniKVLayer
 from ..config import MiniKVConfig
 from ..tensor import KVTensor, report_not_finite, report_prompt, wrap_prompt
 from .graph import example, size_getter
 from .rewrite import Longer, Made, Rewritten
+from .static import Born
 
 Getter = Callable[[Sequence[Any]], Any]
 
@@ -33,6 +35,8 @@ def desugar(
         if isinstance(example(node), KVTensor) or node in rewritten.given_back:
             graph.erase_node(node)
     rewritten.module.recompile()
+    places = {node: len(originals) + i for i, node in enumerate(rewritten.held)}
+    places |= {node: OPENED.index(name) - len(OPENED) for name, node in rewritten.opened.items()}
     getters, inputs = [], []
     for node in graph.nodes:
         if node.op != "placeholder":
@@ -40,9 +44,8 @@ def desugar(
         if node in rewritten.constants:
             getters.append(_constant(rewritten.constants[node]))
             inputs.append(example(node))
-        elif node in rewritten.held or node is rewritten.start:
-            place = len(originals) + rewritten.held.index(node) if node in rewritten.held else -1
-            getters.append(_argument(place))
+        elif node in places:
+            getters.append(_argument(places[node]))
             inputs.append(example(node))
         elif node in rewritten.fields:
             kv, name = rewritten.fields[node]
@@ -56,7 +59,7 @@ def desugar(
     boundary = Boundary(config, getters, growth, lengths, rewritten.outputs)
     rewritten.buffers.densified = [position[node] for node in rewritten.densified]
     boundary.buffers = rewritten.buffers if rewritten.buffers.pairs or rewritten.densified else None
-    places = {**position, **{node: len(originals) + i for i, node in enumerate(rewritten.held)}}
+    places |= position
     boundary.states = [(role, layer, places[node]) for role, layer, node in rewritten.states if node in places]
     return inputs, boundary
 
@@ -80,7 +83,7 @@ class Boundary:
 
     def __init__(
         self, config: MiniKVConfig, getters: list[Getter], growth: dict[int, Getter], lengths: dict[Made, Getter],
-        outputs: list[Node | Made | Longer],
+        outputs: list[Node | Made | Longer | Born],
     ):  # fmt: skip
         self.config, self.getters, self.growth, self.lengths, self.outputs = config, getters, growth, lengths, outputs
         self.compiled: Callable | None = None
@@ -97,12 +100,14 @@ class Boundary:
         with compat.outside_inference_mode():
             if self.growth:
                 args = self._reserve(list(args))
+            layers: list[MiniKVLayer] = []
             if self.buffers is not None:
-                args = [*args, *self.buffers.open(args)]
+                layers, opened = self.buffers.open(args)
+                args = [*args, *opened]
             flat = list(self.compiled(*[get(args) for get in self.getters]))
             if self.states and (self.buffers is None or int(args[-1]) == 0):  # else it was no prompt
                 report_prompt([(role, layer, args[i]) for role, layer, i in self.states], self.config.strict)
-            return self._wrap(args, flat)
+            return self._wrap(args, flat, layers)
 
     def _is_known(self, args: Sequence[Any]) -> bool:
         return bool(self._model) and all(ref() is args[i] for ref, i in zip(self._model, self.parameters, strict=True))
@@ -123,11 +128,13 @@ class Boundary:
             report_not_finite(flushed, layers)
         return args
 
-    def _wrap(self, args: Sequence[Any], flat: list[Any]) -> list[Any]:
+    def _wrap(self, args: Sequence[Any], flat: list[Any], layers: list[MiniKVLayer]) -> list[Any]:
         results, made, tensors = [], [], iter(flat)
         for out in self.outputs:
             if isinstance(out, Longer):
                 results.append(args[out.past].longer(self.growth[out.past](args)))
+            elif isinstance(out, Born):
+                results.append(self.buffers.pairs[out.pair].given_back(layers[out.pair], out.role))
             elif isinstance(out, Made):
                 made.append(({name: next(tensors) for name in out.names}, out.role, self.lengths[out](args), out.layer))
                 results.append(None)

@@ -76,7 +76,7 @@ class Rewritten:
     """A rewritten copy of Dynamo's graph; its placeholders still take `KVTensor`s (see `desugar`)."""
 
     module: GraphModule
-    outputs: list[Node | Made | Longer]
+    outputs: list[Node | Made | Longer | static.Born]
     sites: list[SiteReport] = field(default_factory=list)
     fields: dict[Node, tuple[Node, str]] = field(default_factory=dict)
     """Placeholders made by the pass: of which `KVTensor` placeholder they hold which tensor, or "length"."""
@@ -90,8 +90,11 @@ class Rewritten:
     densified: set[Node] = field(default_factory=set)
     """Placeholders of such buffers that become dense again."""
     held: list[Node] = field(default_factory=list)
-    """Placeholders of what `Buffers.open` gives, in its order; `start` is that of the last."""
-    start: Node | None = None
+    """Placeholders of the storages that `Buffers.open` gives, in its order."""
+    opened: dict[str, Node] = field(default_factory=dict)
+    """Placeholders of what else it gives, by their names in `buffers.OPENED`."""
+    padding: Node | None = None
+    """The placeholder that says which tokens in static buffers are padding."""
 
     states: list[tuple[str, int, Node]] = field(default_factory=list)
     """Role, layer and placeholder of the states in which a prompt's tokens with NaN or inf will be counted."""
@@ -305,8 +308,9 @@ class Rewriter:
         return items[::-1]
 
     def value_of(self, node: Node) -> Any:
-        """What the placeholder `node` was given when the graph was captured; None if that is not known."""
-        return None if self.values is None else self.values[self.originals.index(node)]
+        """What the placeholder `node` was given when the graph was captured; None if that is not known, or it is none."""
+        known = self.values is not None and node in self.originals
+        return self.values[self.originals.index(node)] if known else None
 
     def _aligned(self, padding: Node, key: Node, before: Node) -> tuple[Node, ...]:
         """`align_rows` of a padding mask, made where the first site needs it."""
@@ -405,7 +409,7 @@ class Rewriter:
         if not reader.users:  # else size() is used as a whole: the site will be reported
             self.graph.erase_node(reader)
 
-    def _replace_output(self, stored: Node, by: Made | Longer) -> None:
+    def _replace_output(self, stored: Node, by: Made | Longer | static.Born) -> None:
         self.result.outputs = [by if out is stored else out for out in self.result.outputs]
 
     def _detach_output(self) -> None:
@@ -417,7 +421,7 @@ class Rewriter:
         for out in self.result.outputs:
             if isinstance(out, Made):
                 flat += out.nodes
-            elif not isinstance(out, Longer):
+            elif not isinstance(out, (Longer, static.Born)):
                 flat.append(out)
         return flat
 

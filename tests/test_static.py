@@ -312,12 +312,33 @@ def test_tokens_that_the_model_wrote_without_the_backend():
     assert all_given_back(model)
 
 
-def test_a_decode_step_after_an_eager_prompt_is_left_alone():
-    model, ids, backend = StaticDecoder(), prompt(40), make_backend()
+def test_a_decode_step_takes_over_the_tokens_of_an_eager_prompt():
+    """As where only the decode step is compiled, which is how gpt-fast does it."""
+    model, ids, backend = StaticDecoder(), prompt(40), make_backend(strict=True)
     expected = run(copy.deepcopy(model), ids, 30)
     run(model, ids[:, :30], 30)
     same_tokens(run(torch.compile(model, backend=backend), ids[:, 30:], start=30), expected[:, 30:])
-    assert all("the prompt was left alone" in kind for kind in kinds(backend)[0]) and all_dense(model)
+    assert kinds(backend) == [["decode"] * LAYERS] * 2 and all_given_back(model)  # of dense buffers, and of compressed ones
+
+
+def test_a_decode_step_after_an_eager_prompt_that_the_policy_would_have_to_see():
+    model, ids, backend = StaticDecoder(), prompt(40), make_backend("minikv")
+    expected = run(copy.deepcopy(model), ids, 30)
+    run(model, ids[:, :30], 30)
+    same_tokens(run(torch.compile(model, backend=backend), ids[:, 30:], start=30), expected[:, 30:])
+    assert all("the policy looks at the prompt" in kind for kind in kinds(backend)[0]) and all_dense(model)
+
+
+def test_a_decode_step_after_a_prompt_that_was_left_alone():
+    class Odd(StaticDecoder):
+        def attend(self, i, q, k, v, positions, start):
+            out = super().attend(i, q, k, v, positions, start)
+            return out if q.shape[2] == 1 else out + 0 * getattr(self, f"k{i}").mean()
+
+    model, backend = Odd(), make_backend()
+    expected, actual = both(model, prompt(60), 40, backend=backend)
+    same_tokens(actual, expected)
+    assert all("the prompt was left alone" in kind for kind in kinds(backend)[1]) and all_dense(model)
 
 
 # ---- the buffer afterwards
