@@ -19,7 +19,7 @@ from transformers.cache_utils import (
 from . import compat, fixed
 from .config import MiniKVConfig
 from .ops import OFFSET, ROLES
-from .tensor import FORMAT, KVTensor, report_prompt
+from .tensor import FORMAT, KVTensor
 
 minikv = torch.ops.minikv
 
@@ -103,8 +103,13 @@ class MiniKVLayer(CacheLayerMixin):
         )  # fmt: skip
         self.filled = True
         if not torch.compiler.is_compiling():  # else the boundary of the graph looks
-            states = [("key", self.place, self.key[fixed.STATE]), ("value", self.place, self.value[fixed.STATE])]
-            report_prompt(states, self.config.strict)
+            self.report(prompt=True)
+
+    def report(self, prompt: bool = False) -> None:
+        """`fixed.report` of this layer. In a captured graph nobody looks: call it, or whatever reads the device."""
+        if self.filled:
+            held = [(role, self.place, t[fixed.DENSE], t[fixed.STATE]) for role, t in zip(ROLES, (self.key, self.value), strict=True)]
+            fixed.report(held, self.config, prompt)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that a mask is about, and the first of them."""
@@ -122,6 +127,7 @@ class MiniKVLayer(CacheLayerMixin):
     @property
     def keys(self) -> KVTensor | None:
         """The keys as they are now, sharing the storages; reads the device."""
+        self.report()
         return self._view("key") if self.filled else None
 
     @property
@@ -141,6 +147,7 @@ class MiniKVLayer(CacheLayerMixin):
     @torch.no_grad()
     def reset(self) -> None:
         """Forget the tokens and keep the storages: what was captured on them can be replayed."""
+        self.report()
         self.filled = False
         for tensor in (self.key[fixed.STATE], self.value[fixed.STATE], self.length, self.padding):
             tensor.zero_()
@@ -211,6 +218,7 @@ class MiniKVLayer(CacheLayerMixin):
         self.filled = True
 
     def state_dict(self) -> dict[str, Any]:
+        self.report()
         return {"filled": self.filled, "tensors": self.tensors()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

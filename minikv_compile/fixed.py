@@ -13,6 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 from torch.library import custom_op
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import compat, ops
 from .config import MiniKVConfig
@@ -21,6 +22,7 @@ from .kernels.packing import BLOCK, metadata_dtype
 from .ops import IN_TIER, OFFSET, READS_HOST, ROLES, without_autocast
 from .policy import POLICIES
 from .rotation import rotation_matrix
+from .tensor import news, warn_not_finite
 
 log = logging.getLogger("minikv")
 
@@ -72,6 +74,28 @@ def bits_of(mask: Tensor) -> Tensor:
     """uint8 [..., ceil(n / 8)] of bool [..., n]: bit i % 8 of byte i // 8."""
     bits = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8)).to(torch.uint8)
     return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
+
+
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""What the states of storages may count of tokens with NaN or inf without being news, of each row."""
+
+
+def report(held: list[tuple[str, int, Tensor, Tensor]], config: MiniKVConfig, prompt: bool = False) -> None:
+    """Warn of tokens with NaN or inf that were counted since the last report, in these (role, layer, dense region, state): in a
+    `prompt` that was just stored, and when they were flushed. Reads the device once.
+
+    Raises:
+        ValueError: there are some, and the configuration is strict.
+    """
+    found = []
+    states = torch.stack([state.to(held[0][3].device) for *_, state in held]).tolist()
+    for (role, layer, dense, state), rows in zip(held, states, strict=True):
+        known = [0] * len(rows) if prompt else _known.get(state, [0] * len(rows))
+        in_dense = [-row[OFFSET] for row in rows]
+        count, _known[state] = news(rows, known, dense if prompt else None, in_dense, config)
+        if count:
+            found.append(f"{count} tokens in the {role}s of layer {layer}")
+    warn_not_finite(found, config.strict)
 
 
 @custom_op("minikv::store_prompt", mutates_args=("key", "value", "important", "kept", "length", "padding"), tags=READS_HOST)

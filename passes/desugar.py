@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from .. import compat
+from .. import compat, fixed
 from ..buffers import OPENED, Buffers
 from ..cache import MiniKVLayer
 from ..config import MiniKVConfig
-from ..tensor import KVTensor, report_not_finite, report_prompt, wrap_prompt
+from ..tensor import KVTensor, report_not_finite, wrap_prompt
 from .graph import example, size_getter
 from .rewrite import Longer, Made, Rewritten
 from .static import Born
@@ -60,7 +60,10 @@ def desugar(
     rewritten.buffers.densified = [position[node] for node in rewritten.densified]
     boundary.buffers = rewritten.buffers if rewritten.buffers.pairs or rewritten.densified else None
     places |= position
-    boundary.states = [(role, layer, places[node]) for role, layer, node in rewritten.states if node in places]
+    boundary.counted = [
+        (role, layer, places[dense], places[state]) for role, layer, dense, state in rewritten.counted if state in places
+    ]
+    boundary.stores = rewritten.stores
     return inputs, boundary
 
 
@@ -88,7 +91,9 @@ class Boundary:
         self.config, self.getters, self.growth, self.lengths, self.outputs = config, getters, growth, lengths, outputs
         self.compiled: Callable | None = None
         self.buffers: Buffers | None = None
-        self.states: list[tuple[str, int, int]] = []  # role, layer, argument: see `Rewritten.states`
+        self.counted: list[tuple[str, int, int, int]] = []  # with places of arguments: see `Rewritten.counted`
+        self.stores = False
+        self._calls = 0
         self.on_model: Callable[[Sequence[Any]], None] | None = None  # told of the arguments of each new model
         self.parameters: tuple[int, ...] = ()  # positions of the model's first parameter and its last
         self._model: list[weakref.ref[Tensor]] = []
@@ -105,9 +110,18 @@ class Boundary:
                 layers, opened = self.buffers.open(args)
                 args = [*args, *opened]
             flat = list(self.compiled(*[get(args) for get in self.getters]))
-            if self.states and (self.buffers is None or int(args[-1]) == 0):  # else it was no prompt
-                report_prompt([(role, layer, args[i]) for role, layer, i in self.states], self.config.strict)
+            if self.counted:
+                self._report_counted(args)
             return self._wrap(args, flat, layers)
+
+    def _report_counted(self, args: Sequence[Any]) -> None:
+        """Report NaN and inf in a prompt at once; in other tokens once in as many calls as fill a buffer, not to wait for the
+        device at each step."""
+        prompt = self.stores and (self.buffers is None or int(args[-1]) == 0)
+        self._calls += 1
+        if prompt or self._calls % self.config.buffer == 0:
+            held = [(role, layer, args[dense], args[state]) for role, layer, dense, state in self.counted]
+            fixed.report(held, self.config, prompt)
 
     def _is_known(self, args: Sequence[Any]) -> bool:
         return bool(self._model) and all(ref() is args[i] for ref, i in zip(self._model, self.parameters, strict=True))

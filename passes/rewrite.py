@@ -24,6 +24,7 @@ from . import fixed, functional, static
 from .graph import argument, callee, erase_dead, example, is_call, is_getitem, same, shape, size_getter
 from .masks import Predicate, read_mask, reduces_to_padding
 from .sites import NotKept, NotTaken, Site, outputs, read_site, sites_in, where
+from .writes import Write
 
 log = logging.getLogger("minikv")
 minikv = torch.ops.minikv
@@ -96,8 +97,11 @@ class Rewritten:
     padding: Node | None = None
     """The placeholder that says which tokens in static buffers are padding."""
 
-    states: list[tuple[str, int, Node]] = field(default_factory=list)
-    """Role, layer and placeholder of the states in which a prompt's tokens with NaN or inf will be counted."""
+    counted: list[tuple[str, int, Node, Node]] = field(default_factory=list)
+    """Role, layer and placeholders of the dense regions and states of fixed storages, in which tokens with NaN or inf are
+    counted."""
+    stores: bool = False
+    """Whether the graph may store a prompt in them."""
 
     @property
     def outputs_changed(self) -> bool:
@@ -281,8 +285,8 @@ class Rewriter:
 
     # ---- pieces
 
-    def _heads_first(self, slot: functional.Slot) -> Node:
-        """The new tokens of a slot, [batch, kv_heads, n, head_dim], where nodes are being inserted."""
+    def _heads_first(self, slot: functional.Slot | Write) -> Node:
+        """The new tokens of a slot or a static buffer, [batch, kv_heads, n, head_dim], where nodes are being inserted."""
         if slot.seq == SEQ:
             return slot.new
         node = self.graph.call_method("transpose", (slot.new, 1, SEQ))

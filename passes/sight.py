@@ -14,7 +14,7 @@ from torch.fx import Node
 from .. import fixed
 from ..buffers import is_triangle
 from ..tensor import SEQ
-from .graph import argument, callee, example, is_call, is_getitem, same, shape
+from .graph import CASTS, argument, callee, example, is_call, is_getitem, same, shape
 from .masks import Additive, Grid, Predicate, is_written, read_mask, read_value
 from .sites import NotTaken, Site
 from .writes import Position, Write, counts, counts_in, sizes_of, source_of
@@ -74,17 +74,28 @@ def read_sight(rewriter: Rewriter, site: Site, write: Write, new: Any, direct: b
     predicate = reduce(operator.and_, masks)
     if predicate.sliding:
         raise NotTaken("sliding window attention")
-    if not (predicate.causal or (exact and same(new, 1))) or not all(_is(offset, start) for offset in predicate.causal):
+    # As if there were no tokens before, which the boundary will see to.
+    first = position.source is not None and bool(predicate.causal) and all(same(offset, 0) for offset in predicate.causal)
+    causal = all(_is(offset, start) for offset in predicate.causal) and (predicate.causal or (exact and same(new, 1)))
+    if not (causal or first):
         raise NotTaken("its mask is not causal for the positions that are written")
     relied = set().union(*(counts_in(mask.node, counted) for mask in site.masks)) if position.is_count else set()
     # Of one token, the host may not know the position; of padding, only the tokens that are there tell.
     at_run_time = bool(predicate.padding) or (position.is_count and same(new, 1))
     if at_run_time and (plain is None or len(predicate.padding) > 1):
         raise NotTaken("its mask cannot be compared with the tokens: it is not one mask [batch, 1, queries, keys] of all keys")
-    padding = predicate.padding[0] if predicate.padding else None
-    if padding is not None and padding.op != "placeholder":
+    padding = _tokens_of(predicate.padding[0]) if predicate.padding else None
+    checked = plain if at_run_time and not direct else None
+    return Sight(direct or not causal, tuple(triangles), tuple(relied), padding, checked)
+
+
+def _tokens_of(padding: Node) -> Node:
+    """The placeholder behind a padding mask: padded itself, to the room of a cache, at most."""
+    while is_call(padding, "pad", *CASTS):
+        padding = padding.args[0]
+    if padding.op != "placeholder":
         raise NotTaken("its padding is computed in the graph")
-    return Sight(direct, tuple(triangles), tuple(relied), padding, plain if at_run_time and not direct else None)
+    return padding
 
 
 def _plain_mask(site: Site, write: Write, new: Any, direct: bool) -> Node | None:

@@ -12,15 +12,14 @@ import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from .. import compat
 from ..buffers import GivenBack, Pair, layer_for, left_alone
-from ..cache import MiniKVLayer
 from ..ops import ROLES
 from ..tensor import SEQ
 from . import fixed
@@ -147,17 +146,18 @@ def densify_rest(rewriter: Rewriter) -> Iterator[tuple[Node, str]]:
 
 
 def _check_read(operand: Node, write: Write) -> None:
-    """Raise unless what a site attends to is the buffer, or its tokens up to the newest."""
-    if operand in write.aliases:
-        return
-    index = None
-    if is_getitem(operand) or is_call(operand, "narrow"):
-        inner, seq = (operand.args[0], write.seq) if write.seq == SEQ or operand.args[0] in write.aliases else (
-            swapped(operand.args[0]), SEQ
-        )
-        index = slice_of(operand, seq) if inner in write.aliases else None
-    if not isinstance(index, slice) or index.step not in (None, 1) or example(index.start) not in (None, 0):
-        raise NotTaken(f"what it reads of its static buffer is not understood ({callee(operand) or operand.op})")
+    """Raise unless what a site attends to is the buffer, or its tokens up to the newest, [batch, kv_heads, seq, head_dim]."""
+    node, seq = operand, SEQ
+    while node not in write.aliases:
+        if seq != write.seq and (inner := swapped(node)) is not None:
+            node, seq = inner, write.seq
+            continue
+        index = slice_of(node, seq) if is_getitem(node) or is_call(node, "narrow") else None
+        if not isinstance(index, slice) or index.step not in (None, 1) or example(index.start) not in (None, 0):
+            raise NotTaken(f"what it reads of its static buffer is not understood ({callee(operand) or operand.op})")
+        node = node.args[0]
+    if seq != write.seq:
+        raise NotTaken("it reads its static buffer with heads and tokens exchanged")
 
 
 def _check_readers(rewriter: Rewriter, site: Site, write: Write) -> None:
@@ -195,7 +195,7 @@ def _rewrite(
     checked = sight.checked if sight.checked not in rewriter.checked else None  # one check for all layers
     rewriter.checked |= {checked}
     with graph.inserting_before(site.node):
-        k, v = (_heads_first(graph, write) for write in (key, value))
+        k, v = (rewriter._heads_first(write) for write in (key, value))
         if on_device:
             states = held[0][fixed.STATE], held[1][fixed.STATE]
             graph.call_function(minikv.seek.default, (position.index, *states, *held[2:5], room, text))
@@ -212,7 +212,7 @@ def _rewrite(
         fixed.decode(rewriter, site, step, checked, place, count)
         graph.erase_node(step)
     else:
-        result.states += [(role, site.layer, part[fixed.STATE]) for role, part in zip(ROLES, held, strict=False)]
+        fixed.count_not_finite(rewriter, site, held[:2], stores=True)
         out.meta["example_value"] = example(site.node)
         site.node.replace_all_uses_with(out)
         erase_dead(graph, [site.node], site.nodes)
@@ -241,11 +241,6 @@ def _rewrite(
 def is_far(source: Node) -> bool:
     """Whether the host would have to wait to read a tensor."""
     return example(source).is_cuda
-
-
-def _heads_first(graph: Graph, write: Write) -> Node:
-    """The new tokens, [batch, kv_heads, n, head_dim], where nodes are being inserted."""
-    return write.new if write.seq == SEQ else graph.call_method("transpose", (write.new, 1, SEQ))
 
 
 def _held(rewriter: Rewriter, write: Write) -> tuple:

@@ -222,7 +222,8 @@ def test_families(family, length):
         assert isinstance(layer, StaticLayer)
     assert sum(type(layer.keys) is GivenBack for layer in cache.layers) == zoo.FAMILIES[family].taken
     others = {kind for graph in kinds(backend) for kind in graph} - {"prefill", "decode"}
-    assert others <= {"sliding window attention"}, others
+    # A prompt that is longer than the window is attended to as it is, and its end is kept.
+    assert all("sliding" in kind or "not what the model keeps" in kind for kind in others), others
 
 
 def test_skipped_layers_stay_dense():
