@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
@@ -131,6 +132,25 @@ def owner_of(node: Node | None) -> Any:
         return eval(name, {"L": output.local_scope, "G": output.global_scope})
     except Exception:  # of something that only guards know
         return None
+
+
+def compiled_call() -> tuple[torch.nn.Module | None, bool]:
+    """The module whose compiled call is running, if it is one, the outermost; and whether what Dynamo is tracing is this call
+    from its beginning, not what is left of it behind a graph break, or a call inside of it."""
+    frame, function = sys._getframe(), None
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
+            function = frame.f_locals.get("fn")
+        frame = frame.f_back
+    root, tracing = getattr(function, "__self__", None), getattr(tls, "current_tx", None)
+    is_whole = function is None or tracing is None or tracing.output.root_tx.f_code is getattr(function, "__code__", None)
+    return (root if isinstance(root, torch.nn.Module) else None), is_whole
+
+
+def ends_in_break(module: GraphModule) -> bool:
+    """Whether a graph ends because Dynamo could not trace what follows."""
+    reason = getattr(module, "compile_subgraph_reason", None)
+    return reason is not None and reason.graph_break
 
 
 def become(x: Tensor, other: Tensor) -> None:

@@ -22,6 +22,7 @@ from ..rotation import rotation_matrix
 from ..tensor import SEQ, KVTensor
 from . import fixed, functional, static
 from .graph import argument, callee, erase_dead, example, is_call, is_getitem, same, shape, size_getter
+from .layers import Layers, number
 from .masks import Predicate, read_mask, reduces_to_padding
 from .sites import NotKept, NotTaken, Site, outputs, read_site, sites_in, where
 from .writes import Write
@@ -45,6 +46,8 @@ class SiteReport:
     idiom: str
     reason: str
     """Why it was left alone; "" if it was rewritten."""
+    layer_known: bool = True
+    """False: a graph break parted the model, and `layer` counts from the beginning of this part."""
 
     @property
     def rewritten(self) -> bool:
@@ -132,22 +135,26 @@ class Rewriter:
         self._lower_sizes()
         calls = sites_in(self.graph)
         self._check_configuration()
-        skipped = self._skipped(len(calls))
+        layers = number(self, calls)
+        skipped = self._skipped(layers)
         changes = []
-        for layer, call in enumerate(calls):
+        for layer, call in zip(layers.indices, calls, strict=True):
             kind, idiom, reason = "", "", ""
             try:
                 site = read_site(call, layer)
                 if layer in skipped:
                     raise NotTaken("listed in skip_layers")
                 kind, idiom, change = self._plan_any(site)
-                changes.append(change)
+                changes.append((layer, change))
             except NotTaken as untaken:
                 reason = str(untaken)
-            self.result.sites.append(SiteReport(layer, where(call), kind, idiom, reason))
-        # Only now is it known how many layers share a budget.
-        for place, change in enumerate(changes):
-            change(place, len(changes))
+            self.result.sites.append(SiteReport(layer, where(call), kind, idiom, reason, layers.known))
+        # Only now is it known how many layers share a budget: of a part, all that are not skipped.
+        shared = [layer for layer in range(layers.total) if layer not in skipped]
+        if not (layers.is_part and layers.known):
+            shared = [layer for layer, _ in changes]
+        for layer, change in changes:
+            change(shared.index(layer), len(shared))
         self._densify_rest()
         output = self.graph.output_node()
         output.args = (tuple(self._flat_outputs()),)
@@ -429,11 +436,18 @@ class Rewriter:
                 flat.append(out)
         return flat
 
-    def _skipped(self, layers: int) -> set[int]:
-        outside = [layer for layer in self.config.skip_layers if not -layers <= layer < layers]
-        if outside and layers:
-            log.warning("skip_layers: %s, but this graph has %d attention sites", outside, layers)
-        return {layer % layers for layer in self.config.skip_layers if layer not in outside}
+    def _skipped(self, layers: Layers) -> set[int]:
+        total = layers.total
+        if total and not layers.known and (self.config.skip_layers or (self.config.drops and self.config.layer_budget != "uniform")):
+            log.warning(
+                "a graph break parts the model, and which of its layers these %d are is not known: skip_layers and "
+                "layer_budget count them from 0",
+                total,
+            )
+        outside = [layer for layer in self.config.skip_layers if not -total <= layer < total]
+        if outside and total:
+            log.warning("skip_layers: %s, but this graph has %d attention sites", outside, total)
+        return {layer % total for layer in self.config.skip_layers if layer not in outside}
 
     def _check_configuration(self) -> None:
         made = [(node, example(node).config) for node in self.originals if isinstance(example(node), KVTensor)]
