@@ -345,7 +345,7 @@ class Rewriter:
         if matrix is None or known:
             return known[0] if known else None
         with self.graph.inserting_before(self.originals[0]):
-            node = self.graph.placeholder(f"minikv_rotation_{shape(query)[3]}")
+            node = self.graph.placeholder(f"minikv_rotation_{len(self.result.constants)}")
         node.meta["example_value"] = compat.fake_constant(matrix, like=example(query))
         compat.set_constant_source(node)
         self.result.constants[node] = matrix
