@@ -20,7 +20,7 @@ from . import compat, fixed
 from .config import MiniKVConfig
 from .kernels.state import OFFSET
 from .ops import ROLES
-from .tensor import FORMAT, KVTensor, report_prompt
+from .tensor import FORMAT, KVTensor
 
 minikv = torch.ops.minikv
 
@@ -47,6 +47,7 @@ class MiniKVLayer(CacheLayerMixin):
         self.config, self.max_cache_len, self.batch_size = config, max_cache_len, batch_size
         self.place, self.count = place, count
         self._settings = config.to_json()  # as ops take it; computing it is nothing for Dynamo
+        self.taken: tuple[str, Tensor, MiniKVLayer] | None = None  # rows that one of two static buffers was asked for
         self.filled = False  # whether a prompt is in it; of all that changes, the one thing the host knows
         with compat.outside_inference_mode():
             self.key, self.value = (
@@ -86,19 +87,30 @@ class MiniKVLayer(CacheLayerMixin):
             RuntimeError: a policy that drops tokens, decoded without the backend.
         """
         if not self.filled:
-            minikv.store_prompt(
-                key_states, value_states, None, None, None, self.key, self.value, self.important, self.kept, self.length,
-                self.padding, self.place, self.count, self.max_cache_len, self._settings,
-            )  # fmt: skip
-            self.filled = True
-            if not torch.compiler.is_compiling():  # else the boundary of the graph looks
-                states = [("key", self.place, self.key[fixed.STATE]), ("value", self.place, self.value[fixed.STATE])]
-                report_prompt(states, self.config.strict)
+            self.store(key_states, value_states)
             return key_states, value_states
         return minikv.update(
             key_states, value_states, self.key, self.value, self.important, self.kept, self.length, self.padding,
             self.max_cache_len, self._settings,
         )  # fmt: skip
+
+    def store(
+        self, key_states: Tensor, value_states: Tensor, order: Tensor | None = None, lengths: Tensor | None = None
+    ) -> None:  # fmt: skip
+        """Store a prompt. `order`, `lengths`: of `ops.align_rows`, if some of its tokens are padding."""
+        minikv.store_prompt(
+            key_states, value_states, None, order, lengths, self.key, self.value, self.important, self.kept, self.length,
+            self.padding, self.place, self.count, self.max_cache_len, self._settings,
+        )  # fmt: skip
+        self.filled = True
+        if not torch.compiler.is_compiling():  # else the boundary of the graph looks
+            self.report(prompt=True)
+
+    def report(self, prompt: bool = False) -> None:
+        """`fixed.report` of this layer. In a captured graph nobody looks: call it, or whatever reads the device."""
+        if self.filled:
+            held = [(role, self.place, t[fixed.DENSE], t[fixed.STATE]) for role, t in zip(ROLES, (self.key, self.value), strict=True)]
+            fixed.report(held, self.config, prompt)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that a mask is about, and the first of them."""
@@ -116,6 +128,7 @@ class MiniKVLayer(CacheLayerMixin):
     @property
     def keys(self) -> KVTensor | None:
         """The keys as they are now, sharing the storages; reads the device."""
+        self.report()
         return self._view("key") if self.filled else None
 
     @property
@@ -135,6 +148,7 @@ class MiniKVLayer(CacheLayerMixin):
     @torch.no_grad()
     def reset(self) -> None:
         """Forget the tokens and keep the storages: what was captured on them can be replayed."""
+        self.report()
         self.filled = False
         for state in (self.key[fixed.STATE], self.value[fixed.STATE]):
             state.copy_(fixed.empty_state(self.config, self.batch_size, state.device))
@@ -157,6 +171,15 @@ class MiniKVLayer(CacheLayerMixin):
             )
         self.batch_size = len(rows)
         self._mark_static()
+
+    def selected(self, indices: Tensor) -> MiniKVLayer:
+        """A copy of these rows, with storages of its own."""
+        part = object.__new__(MiniKVLayer)
+        part.__dict__.update(self.__dict__)
+        with compat.outside_inference_mode():
+            part.length = self.length.clone()
+        part.batch_select_indices(indices)
+        return part
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
@@ -198,6 +221,7 @@ class MiniKVLayer(CacheLayerMixin):
         self.filled = True
 
     def state_dict(self) -> dict[str, Any]:
+        self.report()
         return {"filled": self.filled, "tensors": self.tensors()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -348,13 +372,7 @@ class MiniKVCache(Cache):
         copy = object.__new__(MiniKVCache)
         Cache.__init__(copy, layers=[])
         copy.config, copy.capacity = self.config, self.capacity
-        for layer in self.layers:
-            part = object.__new__(MiniKVLayer)
-            part.__dict__.update(layer.__dict__)
-            with compat.outside_inference_mode():
-                part.length = layer.length.clone()
-            part.batch_select_indices(torch.arange(start, stop))
-            copy.layers.append(part)
+        copy.layers += [layer.selected(torch.arange(start, stop)) for layer in self.layers]
         return copy
 
     def _check_like(self, other: MiniKVCache) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch._dynamo
 from torch import Tensor
 from torch._dynamo import lookup_backend, maybe_mark_dynamic
 from torch._dynamo.source import AttrSource, ConstantSource, TensorProperty, TensorPropertySource
+from torch._dynamo.symbolic_convert import tls
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import GraphModule, Node
@@ -117,6 +119,38 @@ def is_attribute(node: Node) -> bool:
     name of a source is text, or gives it when called."""
     name = getattr(node, "_dynamo_source", None) and node._dynamo_source.name
     return "." in (name() if callable(name) else name or "")
+
+
+def owner_of(node: Node | None) -> Any:
+    """The object whose attribute a placeholder is, in the frame that Dynamo is tracing; None if that is not known."""
+    base = getattr(getattr(node, "_dynamo_source", None), "base", None)
+    frame = getattr(tls, "current_tx", None)
+    if base is None or frame is None:
+        return None
+    name, output = base.name() if callable(base.name) else base.name, frame.output
+    try:  # a source is the text of an expression, as guards evaluate it
+        return eval(name, {"L": output.local_scope, "G": output.global_scope})
+    except Exception:  # of something that only guards know
+        return None
+
+
+def compiled_call() -> tuple[torch.nn.Module | None, bool]:
+    """The module whose compiled call is running, if it is one, the outermost; and whether what Dynamo is tracing is this call
+    from its beginning, not what is left of it behind a graph break, or a call inside of it."""
+    frame, function = sys._getframe(), None
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
+            function = frame.f_locals.get("fn")
+        frame = frame.f_back
+    root, tracing = getattr(function, "__self__", None), getattr(tls, "current_tx", None)
+    is_whole = function is None or tracing is None or tracing.output.root_tx.f_code is getattr(function, "__code__", None)
+    return (root if isinstance(root, torch.nn.Module) else None), is_whole
+
+
+def ends_in_break(module: GraphModule) -> bool:
+    """Whether a graph ends because Dynamo could not trace what follows."""
+    reason = getattr(module, "compile_subgraph_reason", None)
+    return reason is not None and reason.graph_break
 
 
 def become(x: Tensor, other: Tensor) -> None:

@@ -13,6 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 from torch.library import custom_op
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import compat, ops
 from .config import MiniKVConfig
@@ -24,6 +25,7 @@ from .kernels.state import COLUMNS, OFFSET, PINNED
 from .ops import MIN_BLOCKS, READS_HOST, ROLES, grouping, stored_tokens, without_autocast
 from .policy import POLICIES
 from .rotation import rotation_matrix
+from .tensor import news, warn_not_finite
 
 log = logging.getLogger("minikv")
 
@@ -101,6 +103,28 @@ def bits_of(mask: Tensor) -> Tensor:
     """uint8 [..., ceil(n / 8)] of bool [..., n]: bit i % 8 of byte i // 8."""
     bits = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8)).to(torch.uint8)
     return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
+
+
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""What the states of storages may count of tokens with NaN or inf without being news, of each row."""
+
+
+def report(held: list[tuple[str, int, Tensor, Tensor]], config: MiniKVConfig, prompt: bool = False) -> None:
+    """Warn of tokens with NaN or inf that were counted since the last report, in these (role, layer, dense region, state): in a
+    `prompt` that was just stored, and when they were flushed. Reads the device once.
+
+    Raises:
+        ValueError: there are some, and the configuration is strict.
+    """
+    found = []
+    states = torch.stack([state.to(held[0][3].device) for *_, state in held]).tolist()
+    for (role, layer, dense, state), rows in zip(held, states, strict=True):
+        known = [0] * len(rows) if prompt else _known.get(state, [0] * len(rows))
+        in_dense = [-row[OFFSET] for row in rows]
+        count, _known[state] = news(rows, known, dense if prompt else None, in_dense, config)
+        if count:
+            found.append(f"{count} tokens in the {role}s of layer {layer}")
+    warn_not_finite(found, config.strict)
 
 
 @custom_op("minikv::store_prompt", mutates_args=("key", "value", "important", "kept", "length", "padding"), tags=READS_HOST)
@@ -254,19 +278,23 @@ def check_step(mask: Tensor | None, length: Tensor, padding: Tensor, n: int, max
     )
     if mask is None:
         return
-    allowed, fits = seen_keys(mask)
-    key = torch.arange(max_length, device=mask.device)
-    query = length + torch.arange(n, device=mask.device)
-    newest = allowed[:, -1:]
-    fits &= (allowed == (newest & (key <= query[:, None]))).all()
-    # Which tokens are padding the prefill has settled; that it is as many is checked here.
-    fits &= (newest[:, 0].sum(-1) == length + n - padding).all()
-    fits &= newest[:, 0].index_select(1, query.clamp(max=max_length - 1)).all()
+    # Which tokens are padding the prefill has settled; that it is as many, and no new token, is checked here.
+    newest, query = seen_keys(mask)[0][:, -1], length + torch.arange(n, device=mask.device)
+    own = newest.index_select(1, query.clamp(max=max_length - 1))
     require(
-        fits,
+        is_causal(mask, length) & (newest.sum(-1) == length + n - padding).all() & own.all(),
         "The attention mask does not fit the MiniKVCache: it must be causal, with the prompt's padding and no other. A "
         "padded prompt needs its prefill under the minikv backend.",
     )
+
+
+def is_causal(mask: Tensor, start: Tensor | int) -> Tensor:
+    """bool []: whether a mask [batch, 1, n, keys] lets the queries from the position `start` on see the keys up to their own,
+    but for some that no query of a row sees (padding)."""
+    allowed, fits = seen_keys(mask)
+    key = torch.arange(mask.shape[3], device=mask.device)
+    query = start + torch.arange(mask.shape[2], device=mask.device)
+    return fits & (allowed == (allowed[:, -1:] & (key <= query[:, None]))).all()
 
 
 def seen_keys(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -398,7 +426,7 @@ def read_dense(
 
 @custom_op("minikv::padding_of", mutates_args=(), tags=READS_HOST)
 def padding_of(mask: Tensor) -> Tensor:
-    """Which prompt tokens are no padding, of a mask [batch, 1, seq, seq] that came from outside of the graph.
+    """Which prompt tokens are no padding, of a mask [batch, 1, seq, keys] that came from outside of the graph.
 
     Returns:
         bool [batch, seq].
@@ -406,13 +434,11 @@ def padding_of(mask: Tensor) -> Tensor:
     Raises:
         ValueError: the mask says anything else than causal and padding.
     """
-    allowed, fits = seen_keys(mask)
-    valid = allowed[:, -1].clone()
-    if not (fits & (allowed == (valid[:, None] & torch.ones_like(allowed).tril())).all()):
-        raise ValueError("The attention mask of a prompt for a MiniKVCache must be causal, with padding at most.")
-    return valid
+    if not is_causal(mask, 0):
+        raise ValueError("The attention mask of a prompt must be causal, with padding at most.")
+    return seen_keys(mask)[0][:, -1, : mask.shape[2]].clone()  # keys behind the prompt are not there yet
 
 
 @padding_of.register_fake
 def _(mask):
-    return mask.new_empty((mask.shape[0], mask.shape[3]), dtype=torch.bool)
+    return mask.new_empty((mask.shape[0], mask.shape[2]), dtype=torch.bool)

@@ -21,7 +21,7 @@ class Occupancy:
         self.pinned = pinned  # tokens at the front of each row's dense region that no flush moves
         self.important = important  # tokens in each row's important tier
         self.oversized = False  # the dense region was enlarged for many new tokens at once
-        self.not_finite = 0  # tokens with NaN or inf that were reported
+        self.not_finite = [0] * len(offsets)  # of each row: what its state may count without being news
         self._tensors: list[weakref.ref[KVTensor]] = []
 
     @classmethod
@@ -37,7 +37,7 @@ class Occupancy:
 
     def copy(self) -> Occupancy:
         copied = Occupancy(*map(list, self.rows))
-        copied.oversized, copied.not_finite = self.oversized, self.not_finite
+        copied.oversized, copied.not_finite = self.oversized, list(self.not_finite)
         return copied
 
     def behind_pinned(self, length: int) -> list[int]:

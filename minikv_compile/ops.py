@@ -96,6 +96,7 @@ def prefill_attention(
     """
     padded = lengths is not None and int(lengths.min()) < q.shape[2]
     if padded:
+        order = order.to(q.device)  # made for all layers, of which some may be on another device
         # With the valid tokens first, causality alone masks the padding: no [seq, seq] mask.
         q, k, v = (take_tokens(x, order) for x in (q, k, v))
     if observed is not None:
@@ -159,8 +160,7 @@ def compress_prompt(
         raise ValueError(f"MiniKV, layer {layer}: the prompt is empty.")
     padded = lengths is not None
     counts = row_lengths = [seq] * batch if lengths is None else lengths.tolist()
-    if min(counts) == seq:
-        order = None
+    order = None if min(counts) == seq else order.to(k.device)
     whole = settings.bits == 16 or seq < settings.min_prompt
     index = order if order is None else order[:, None].expand(-1, heads, -1)
     prompts = [
@@ -317,7 +317,7 @@ def decode_attention(
     """
     settings = MiniKVConfig.from_json(config)
     if padding is not None:
-        check_padding(padding.bool(), state, length, q.shape[2], settings)
+        check_padding(padding.bool().to(state.device), state, length, q.shape[2], settings)
     dim = q.shape[-1]
     return attend.attend(
         q, k, v, k_dense=k_dense, v_dense=v_dense, state=state, length=length + k.shape[2], scale=scale,

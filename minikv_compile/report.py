@@ -10,9 +10,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from transformers import Cache
 
 from .backend import MiniKVBackend
-from .buffers import layers_of, make_dense
+from .buffers import GivenBack, layers_of, make_dense
 from .config import MiniKVConfig
 from .passes.rewrite import SiteReport
 from .tensor import SEQ, KVTensor
@@ -96,6 +97,8 @@ def _pairs(cache: Any) -> Iterator[tuple[Tensor, Tensor] | None]:
     if isinstance(cache, torch.nn.Module):
         cache = layers_of(cache)
     for layer in cache.layers if hasattr(cache, "layers") else cache or ():
+        if isinstance(getattr(layer, "keys", None), GivenBack):
+            layer = layer.keys.layer
         pair = (layer.keys, layer.values) if hasattr(layer, "keys") and hasattr(layer, "values") else layer
         is_pair = isinstance(pair, (tuple, list)) and len(pair) >= 2
         yield tuple(pair[:2]) if is_pair and all(isinstance(t, Tensor) and t.dim() == 4 for t in pair[:2]) else None
@@ -139,7 +142,7 @@ class Explanation:
             table.add_column(name)
         for i, graph in enumerate(self.graphs):
             for site in graph:
-                table.add_row(str(i), str(site.layer), site.where, site.idiom, site.reason or site.kind)
+                table.add_row(str(i), str(site.layer) if site.layer_known else f"{site.layer}?", site.where, site.idiom, site.reason or site.kind)
         return _rendered(table)
 
 
@@ -164,7 +167,8 @@ def explain(model: torch.nn.Module, *args: Any, config: MiniKVConfig | None = No
                 mask = step["attention_mask"]
                 step["attention_mask"] = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], -1)
             forward(**step, past_key_values=cache)
-    make_dense(model)
+    for owner in (model, *(x for x in inputs.values() if isinstance(x, Cache))):
+        make_dense(owner)
     return Explanation(backend.graphs)
 
 

@@ -11,7 +11,7 @@ from . import compat, ops
 from .config import MiniKVConfig
 from .kernels.attend import append
 from .kernels.packing import BLOCK
-from .kernels.state import NOT_FINITE
+from .kernels.state import NOT_FINITE, OFFSET, PINNED
 from .occupancy import Occupancy
 from .ops import dense_capacity
 from .packed import DenseOnUse, PackedInt
@@ -322,35 +322,52 @@ def wrap_prompt(
         BY_SEQ[seq](tensors, config, role, length, Occupancy.read(state)).mark_dynamic()
         for (tensors, role, length, _), state, seq in zip(parts, states, seqs or [SEQ] * len(parts), strict=True)
     ]
-    report_not_finite(wrapped, [layer for *_, layer in parts], states)
+    report_not_finite(wrapped, [layer for *_, layer in parts], states, prompt=True)
     return wrapped
 
 
 def report_not_finite(
-    tensors: list[KVTensor], layers: list[int], states: list[list[list[int]]] | None = None
+    tensors: list[KVTensor], layers: list[int], states: list[list[list[int]]] | None = None, prompt: bool = False
 ) -> None:
     """Warn of keys and values of these layers that hold NaN or inf; raise if the configuration is strict. Tokens are
-    counted in a prefill, and when they are flushed."""
+    counted in a prefill (`prompt`), and when they are flushed."""
     found = []
     for i, (kv, layer) in enumerate(zip(tensors, layers, strict=True)):
-        count = sum(row[NOT_FINITE] for row in (kv.state.tolist() if states is None else states[i]))
-        if count > kv.occupancy.not_finite:
-            found.append(f"{count - kv.occupancy.not_finite} tokens in the {kv.role}s of layer {layer}")
-            kv.occupancy.not_finite = count
-    _warn_not_finite(found, tensors[0].config.strict)
+        rows = kv.state.tolist() if states is None else states[i]
+        used = [kv.length - row[OFFSET] for row in rows]
+        count, kv.occupancy.not_finite = news(rows, kv.occupancy.not_finite, kv.dense if prompt else None, used, kv.config)
+        if count:
+            found.append(f"{count} tokens in the {kv.role}s of layer {layer}")
+    warn_not_finite(found, tensors[0].config.strict)
 
 
-def report_prompt(states: list[tuple[str, int, Tensor]], strict: bool) -> None:
-    """`report_not_finite` for (role, layer, state) of a prompt that was just stored. Reads the device once."""
-    counts = torch.stack([state[:, NOT_FINITE].sum().to(states[0][2].device) for *_, state in states]).tolist()
-    found = [
-        f"{count} tokens in the {role}s of layer {layer}"
-        for (role, layer, _), count in zip(states, counts, strict=True) if count
-    ]  # fmt: skip
-    _warn_not_finite(found, strict)
+def news(
+    state: list[list[int]], known: list[int], dense: Tensor | None, used: list[int], config: MiniKVConfig
+) -> tuple[int, list[int]]:
+    """How many tokens with NaN or inf a state counts beyond those that are `known` of each row, and what is known then.
+
+    Args:
+        dense, used: of a prompt, its dense region, and the tokens of each row in it. What waits there is counted, and will be
+            counted again when it is flushed, which is before any later token is: so it is known already.
+    """
+    counts = [row[NOT_FINITE] for row in state]
+    new = sum(max(count - before, 0) for count, before in zip(counts, known, strict=True))
+    known = [max(pair) for pair in zip(counts, known, strict=True)]
+    if new and dense is not None and config.bits < 16:
+        slot, pinned = torch.arange(dense.shape[SEQ], device=dense.device), [row[PINNED] for row in state]
+        first, end = (torch.tensor(rows, device=dense.device)[:, None] for rows in (pinned, used))
+        waits = (slot >= first) & (slot < end)
+        again = ((~dense.isfinite()).any(-1).any(1) & waits).sum(-1).tolist()
+        known = [a + b for a, b in zip(known, again, strict=True)]
+    return new, known
 
 
-def _warn_not_finite(found: list[str], strict: bool) -> None:
+def warn_not_finite(found: list[str], strict: bool) -> None:
+    """Say which tokens hold NaN or inf.
+
+    Raises:
+        ValueError: `strict`.
+    """
     if not found:
         return
     message = (
@@ -389,7 +406,7 @@ def _batch_rule(func, kv: KVTensor, *args) -> KVTensor:
     known, batch, occupancy = kv.occupancy, tensors["state"].shape[0], None
     if all(len(set(of_rows)) == 1 for of_rows in known.rows):
         occupancy = Occupancy(*(of_rows[:1] * batch for of_rows in known.rows))
-        occupancy.oversized, occupancy.not_finite = known.oversized, known.not_finite
+        occupancy.oversized, occupancy.not_finite = known.oversized, [max(known.not_finite)] * batch
     return type(kv)(tensors, kv.config, kv.role, kv.length, occupancy).mark_dynamic()
 
 

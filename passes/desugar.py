@@ -9,12 +9,14 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from .. import compat
-from ..buffers import Buffers
+from .. import compat, fixed
+from ..buffers import OPENED, Buffers
+from ..cache import MiniKVLayer
 from ..config import MiniKVConfig
-from ..tensor import KVTensor, report_not_finite, report_prompt, wrap_prompt
+from ..tensor import KVTensor, report_not_finite, wrap_prompt
 from .graph import example, size_getter
 from .rewrite import Longer, Made, Rewritten
+from .static import Born
 
 Getter = Callable[[Sequence[Any]], Any]
 
@@ -33,6 +35,8 @@ def desugar(
         if isinstance(example(node), KVTensor) or node in rewritten.given_back:
             graph.erase_node(node)
     rewritten.module.recompile()
+    places = {node: len(originals) + i for i, node in enumerate(rewritten.held)}
+    places |= {node: OPENED.index(name) - len(OPENED) for name, node in rewritten.opened.items()}
     getters, inputs = [], []
     for node in graph.nodes:
         if node.op != "placeholder":
@@ -40,9 +44,8 @@ def desugar(
         if node in rewritten.constants:
             getters.append(_constant(rewritten.constants[node]))
             inputs.append(example(node))
-        elif node in rewritten.held or node is rewritten.start:
-            place = len(originals) + rewritten.held.index(node) if node in rewritten.held else -1
-            getters.append(_argument(place))
+        elif node in places:
+            getters.append(_argument(places[node]))
             inputs.append(example(node))
         elif node in rewritten.fields:
             kv, name = rewritten.fields[node]
@@ -56,8 +59,11 @@ def desugar(
     boundary = Boundary(config, getters, growth, lengths, rewritten.outputs)
     rewritten.buffers.densified = [position[node] for node in rewritten.densified]
     boundary.buffers = rewritten.buffers if rewritten.buffers.pairs or rewritten.densified else None
-    places = {**position, **{node: len(originals) + i for i, node in enumerate(rewritten.held)}}
-    boundary.states = [(role, layer, places[node]) for role, layer, node in rewritten.states if node in places]
+    places |= position
+    boundary.counted = [
+        (role, layer, places[dense], places[state]) for role, layer, dense, state in rewritten.counted if state in places
+    ]
+    boundary.stores = rewritten.stores
     return inputs, boundary
 
 
@@ -80,12 +86,14 @@ class Boundary:
 
     def __init__(
         self, config: MiniKVConfig, getters: list[Getter], growth: dict[int, Getter], lengths: dict[Made, Getter],
-        outputs: list[Node | Made | Longer],
+        outputs: list[Node | Made | Longer | Born],
     ):  # fmt: skip
         self.config, self.getters, self.growth, self.lengths, self.outputs = config, getters, growth, lengths, outputs
         self.compiled: Callable | None = None
         self.buffers: Buffers | None = None
-        self.states: list[tuple[str, int, int]] = []  # role, layer, argument: see `Rewritten.states`
+        self.counted: list[tuple[str, int, int, int]] = []  # with places of arguments: see `Rewritten.counted`
+        self.stores = False
+        self._calls = 0
         self.on_model: Callable[[Sequence[Any]], None] | None = None  # told of the arguments of each new model
         self.parameters: tuple[int, ...] = ()  # positions of the model's first parameter and its last
         self._model: list[weakref.ref[Tensor]] = []
@@ -97,12 +105,23 @@ class Boundary:
         with compat.outside_inference_mode():
             if self.growth:
                 args = self._reserve(list(args))
+            layers: list[MiniKVLayer] = []
             if self.buffers is not None:
-                args = [*args, *self.buffers.open(args)]
+                layers, opened = self.buffers.open(args)
+                args = [*args, *opened]
             flat = list(self.compiled(*[get(args) for get in self.getters]))
-            if self.states and (self.buffers is None or int(args[-1]) == 0):  # else it was no prompt
-                report_prompt([(role, layer, args[i]) for role, layer, i in self.states], self.config.strict)
-            return self._wrap(args, flat)
+            if self.counted:
+                self._report_counted(args)
+            return self._wrap(args, flat, layers)
+
+    def _report_counted(self, args: Sequence[Any]) -> None:
+        """Report NaN and inf in a prompt at once; in other tokens once in as many calls as fill a buffer, not to wait for the
+        device at each step."""
+        prompt = self.stores and (self.buffers is None or int(args[-1]) == 0)
+        self._calls += 1
+        if prompt or self._calls % self.config.buffer == 0:
+            held = [(role, layer, args[dense], args[state]) for role, layer, dense, state in self.counted]
+            fixed.report(held, self.config, prompt)
 
     def _is_known(self, args: Sequence[Any]) -> bool:
         return bool(self._model) and all(ref() is args[i] for ref, i in zip(self._model, self.parameters, strict=True))
@@ -123,11 +142,13 @@ class Boundary:
             report_not_finite(flushed, layers)
         return args
 
-    def _wrap(self, args: Sequence[Any], flat: list[Any]) -> list[Any]:
+    def _wrap(self, args: Sequence[Any], flat: list[Any], layers: list[MiniKVLayer]) -> list[Any]:
         results, made, tensors = [], [], iter(flat)
         for out in self.outputs:
             if isinstance(out, Longer):
                 results.append(args[out.past].longer(self.growth[out.past](args)))
+            elif isinstance(out, Born):
+                results.append(self.buffers.pairs[out.pair].given_back(layers[out.pair], out.role))
             elif isinstance(out, Made):
                 made.append(({name: next(tensors) for name in out.names}, out.role, self.lengths[out](args), out.layer))
                 results.append(None)

@@ -7,7 +7,7 @@ instead of a proof, the rewritten step checks them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +120,7 @@ def _prefill(
 ) -> None:
     graph, observed = rewriter.graph, rewriter.config.observed_queries
     mask, outside = padding
-    rewriter.result.states += [(role, site.layer, held[STATE]) for role, held in zip(ROLES, call.args[5:7], strict=True)]
+    count_not_finite(rewriter, site, call.args[5:7], stores=True)
     rows = (None, None)
     if mask is not None:
         rows = rewriter._aligned(_read_outside(rewriter, mask) if outside else mask, call.args[0], _first(site, call))
@@ -139,6 +139,12 @@ def _prefill(
     call.update_arg(2, None if observed is None else scores)
     scores.append(call)
     erase_dead(graph, [site.node], site.nodes)
+
+
+def count_not_finite(rewriter: Rewriter, site: Site, held: Sequence[Sequence[Node]], stores: bool) -> None:
+    """Let the boundary look for tokens with NaN or inf in storages of keys and of values."""
+    rewriter.result.counted += [(role, site.layer, t[DENSE], t[STATE]) for role, t in zip(ROLES, held, strict=True)]
+    rewriter.result.stores |= stores
 
 
 def _first(site: Site, call: Node) -> Node:
@@ -189,6 +195,7 @@ def decode(rewriter: Rewriter, site: Site, call: Node, mask: Node | None, place:
     k, v, key, value, _, _, length, padding, max_length, text = call.args
     limit = None if mask is None else max_length
     new = shape(k)[SEQ]
+    count_not_finite(rewriter, site, (key, value), stores=False)
     if same(new, 1):
         _make_room(rewriter, site, call, mask, limit)
         with graph.inserting_before(site.node):

@@ -42,7 +42,7 @@ def read_slot(node: Node, kept: Collection[Node]) -> Slot:
         NotTaken: with the reason.
     """
     seq = SEQ
-    if node not in kept and (inner := _swapped(node)) is not None and (is_call(inner, "cat") or inner in kept):
+    if node not in kept and (inner := swapped(node)) is not None and (is_call(inner, "cat") or inner in kept):
         node, seq = inner, 1
     past, new = None, node
     if is_call(node, "cat") and len(node.args[0]) == 2:
@@ -68,7 +68,7 @@ def read_slot(node: Node, kept: Collection[Node]) -> Slot:
     return Slot(node, new, past, seq)
 
 
-def _swapped(node: Node) -> Node | None:
+def swapped(node: Node) -> Node | None:
     """What `node` is with tokens and heads, dimensions 1 and 2, exchanged."""
     if is_call(node, "transpose", "swapaxes", "swapdims") and {argument(node, i, f"dim{i - 1}") for i in (1, 2)} == {1, 2}:
         return node.args[0]

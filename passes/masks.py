@@ -171,6 +171,8 @@ def _read_call(node: Node, seen: dict) -> Value:
         return _additive(*node.args, seen)
     elif name == "masked_fill":
         return _additive(node.args[1], argument(node, 2, "value"), node.args[0], seen)
+    elif name == "pad":
+        return Rows(node) if isinstance(read_value(node.args[0], seen), Rows) and _adds_padding(node) else None
     elif is_getitem(node) and isinstance(node.args[1], tuple) and _is_gather(node.args[1]):
         return _gather(node, seen)
     elif name in CASTS or name in VIEWS or is_getitem(node):
@@ -181,6 +183,12 @@ def _read_call(node: Node, seen: dict) -> Value:
 def _is_padding_source(node: Node) -> bool:
     """An input [batch, key] of whole numbers or booleans."""
     return node.op == "placeholder" and len(shape(node)) == 2 and not example(node).is_floating_point()
+
+
+def _adds_padding(node: Node) -> bool:
+    """Whether a call of `pad` adds false entries on the right, and nothing else."""
+    widths, mode, value = argument(node, 1, "pad"), argument(node, 2, "mode", "constant"), argument(node, 3, "value")
+    return len(widths) == 2 and widths[0] == 0 and mode == "constant" and value in (None, 0)
 
 
 def _arange(node: Node) -> Grid | None:

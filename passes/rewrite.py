@@ -22,8 +22,10 @@ from ..rotation import rotation_matrix
 from ..tensor import SEQ, KVTensor
 from . import fixed, functional, static
 from .graph import argument, callee, erase_dead, example, is_call, is_getitem, same, shape, size_getter
+from .layers import Layers, number
 from .masks import Predicate, read_mask, reduces_to_padding
 from .sites import NotKept, NotTaken, Site, outputs, read_site, sites_in, where
+from .writes import Write
 
 log = logging.getLogger("minikv")
 minikv = torch.ops.minikv
@@ -44,6 +46,8 @@ class SiteReport:
     idiom: str
     reason: str
     """Why it was left alone; "" if it was rewritten."""
+    layer_known: bool = True
+    """False: a graph break parted the model, and `layer` counts from the beginning of this part."""
 
     @property
     def rewritten(self) -> bool:
@@ -76,7 +80,7 @@ class Rewritten:
     """A rewritten copy of Dynamo's graph; its placeholders still take `KVTensor`s (see `desugar`)."""
 
     module: GraphModule
-    outputs: list[Node | Made | Longer]
+    outputs: list[Node | Made | Longer | static.Born]
     sites: list[SiteReport] = field(default_factory=list)
     fields: dict[Node, tuple[Node, str]] = field(default_factory=dict)
     """Placeholders made by the pass: of which `KVTensor` placeholder they hold which tensor, or "length"."""
@@ -90,11 +94,17 @@ class Rewritten:
     densified: set[Node] = field(default_factory=set)
     """Placeholders of such buffers that become dense again."""
     held: list[Node] = field(default_factory=list)
-    """Placeholders of what `Buffers.open` gives, in its order; `start` is that of the last."""
-    start: Node | None = None
+    """Placeholders of the storages that `Buffers.open` gives, in its order."""
+    opened: dict[str, Node] = field(default_factory=dict)
+    """Placeholders of what else it gives, by their names in `buffers.OPENED`."""
+    padding: Node | None = None
+    """The placeholder that says which tokens in static buffers are padding."""
 
-    states: list[tuple[str, int, Node]] = field(default_factory=list)
-    """Role, layer and placeholder of the states in which a prompt's tokens with NaN or inf will be counted."""
+    counted: list[tuple[str, int, Node, Node]] = field(default_factory=list)
+    """Role, layer and placeholders of the dense regions and states of fixed storages, in which tokens with NaN or inf are
+    counted."""
+    stores: bool = False
+    """Whether the graph may store a prompt in them."""
 
     @property
     def outputs_changed(self) -> bool:
@@ -126,22 +136,26 @@ class Rewriter:
         self._lower_sizes()
         calls = sites_in(self.graph)
         self._check_configuration()
-        skipped = self._skipped(len(calls))
+        layers = number(self, calls)
+        skipped = self._skipped(layers)
         changes = []
-        for layer, call in enumerate(calls):
+        for layer, call in zip(layers.indices, calls, strict=True):
             kind, idiom, reason = "", "", ""
             try:
                 site = read_site(call, layer)
                 if layer in skipped:
                     raise NotTaken("listed in skip_layers")
                 kind, idiom, change = self._plan_any(site)
-                changes.append(change)
+                changes.append((layer, change))
             except NotTaken as untaken:
                 reason = str(untaken)
-            self.result.sites.append(SiteReport(layer, where(call), kind, idiom, reason))
-        # Only now is it known how many layers share a budget.
-        for place, change in enumerate(changes):
-            change(place, len(changes))
+            self.result.sites.append(SiteReport(layer, where(call), kind, idiom, reason, layers.known))
+        # Only now is it known how many layers share a budget: of a part, all that are not skipped.
+        shared = [layer for layer in range(layers.total) if layer not in skipped]
+        if not (layers.is_part and layers.known):
+            shared = [layer for layer, _ in changes]
+        for layer, change in changes:
+            change(shared.index(layer), len(shared))
         self._densify_rest()
         output = self.graph.output_node()
         output.args = (tuple(self._flat_outputs()),)
@@ -290,8 +304,8 @@ class Rewriter:
         with self.graph.inserting_before(site.node):
             return self.graph.call_function(minikv.query_range.default, (site.query, key, *rows))
 
-    def _heads_first(self, slot: functional.Slot) -> Node:
-        """The new tokens of a slot, [batch, kv_heads, n, head_dim], where nodes are being inserted."""
+    def _heads_first(self, slot: functional.Slot | Write) -> Node:
+        """The new tokens of a slot or a static buffer, [batch, kv_heads, n, head_dim], where nodes are being inserted."""
         if slot.seq == SEQ:
             return slot.new
         node = self.graph.call_method("transpose", (slot.new, 1, SEQ))
@@ -317,8 +331,9 @@ class Rewriter:
         return items[::-1]
 
     def value_of(self, node: Node) -> Any:
-        """What the placeholder `node` was given when the graph was captured; None if that is not known."""
-        return None if self.values is None else self.values[self.originals.index(node)]
+        """What the placeholder `node` was given when the graph was captured; None if that is not known, or it is none."""
+        known = self.values is not None and node in self.originals
+        return self.values[self.originals.index(node)] if known else None
 
     def _aligned(self, padding: Node, key: Node, before: Node) -> tuple[Node, ...]:
         """`align_rows` of a padding mask, made where the first site needs it."""
@@ -342,7 +357,7 @@ class Rewriter:
         if matrix is None or known:
             return known[0] if known else None
         with self.graph.inserting_before(self.originals[0]):
-            node = self.graph.placeholder(f"minikv_rotation_{shape(query)[3]}")
+            node = self.graph.placeholder(f"minikv_rotation_{len(self.result.constants)}")
         node.meta["example_value"] = compat.fake_constant(matrix, like=example(query))
         compat.set_constant_source(node)
         self.result.constants[node] = matrix
@@ -417,7 +432,7 @@ class Rewriter:
         if not reader.users:  # else size() is used as a whole: the site will be reported
             self.graph.erase_node(reader)
 
-    def _replace_output(self, stored: Node, by: Made | Longer) -> None:
+    def _replace_output(self, stored: Node, by: Made | Longer | static.Born) -> None:
         self.result.outputs = [by if out is stored else out for out in self.result.outputs]
 
     def _detach_output(self) -> None:
@@ -429,15 +444,22 @@ class Rewriter:
         for out in self.result.outputs:
             if isinstance(out, Made):
                 flat += out.nodes
-            elif not isinstance(out, Longer):
+            elif not isinstance(out, (Longer, static.Born)):
                 flat.append(out)
         return flat
 
-    def _skipped(self, layers: int) -> set[int]:
-        outside = [layer for layer in self.config.skip_layers if not -layers <= layer < layers]
-        if outside and layers:
-            log.warning("skip_layers: %s, but this graph has %d attention sites", outside, layers)
-        return {layer % layers for layer in self.config.skip_layers if layer not in outside}
+    def _skipped(self, layers: Layers) -> set[int]:
+        total = layers.total
+        if total and not layers.known and (self.config.skip_layers or (self.config.drops and self.config.layer_budget != "uniform")):
+            log.warning(
+                "a graph break parts the model, and which of its layers these %d are is not known: skip_layers and "
+                "layer_budget count them from 0",
+                total,
+            )
+        outside = [layer for layer in self.config.skip_layers if not -total <= layer < total]
+        if outside and total:
+            log.warning("skip_layers: %s, but this graph has %d attention sites", outside, total)
+        return {layer % total for layer in self.config.skip_layers if layer not in outside}
 
     def _check_configuration(self) -> None:
         made = [(node, example(node).config) for node in self.originals if isinstance(example(node), KVTensor)]

@@ -667,3 +667,61 @@ def test_layers_that_are_alike_make_room_together():
     steps(model, prompt(310), 300, MiniKVCache(model, 400))
     assert [len(found) for found in ops] == [0, 1]
     assert len(ops[1][0].args[2]) == 3 and ops[1][0].args[5] is not None
+
+
+def poisoned(length, *bad):
+    """Keys and values of `length` tokens, of which these hold NaN."""
+    k, v = torch.randn(2, 1, 2, length, 16)
+    k[0, 1, list(bad), 3] = torch.nan
+    return k, v
+
+
+def messages(recwarn):
+    found = [str(w.message).split(":")[0] for w in recwarn.list if "NaN" in str(w.message)]
+    recwarn.clear()
+    return found
+
+
+def test_nan_in_generated_tokens_is_reported(recwarn):
+    """In the 128 calls after its flush; and wherever the host reads the device."""
+    model, config = tiny(), MiniKVConfig(strict=False)
+    cache = MiniKVCache(model, 700, 1, config)
+    compiled(model, MiniKVBackend(config, "eager"))
+    ids = prompt(300)
+    steps(model, ids, 290, cache)
+    assert not messages(recwarn)
+    weight = model.model.layers[1].self_attn.v_proj.weight
+    good = weight[3].clone()
+    with torch.no_grad():
+        weight[3] = torch.inf
+        for _ in range(3):
+            model(prompt(1), past_key_values=cache)
+        weight[3] = good
+        for _ in range(380):
+            model(prompt(1), past_key_values=cache)
+    assert messages(recwarn) == ["NaN or inf in 3 tokens in the values of layer 1"]
+    cache.reset()
+    assert not messages(recwarn)
+
+
+def test_nan_is_reported_where_a_layer_is_read(recwarn):
+    layer = MiniKVCache(tiny(layers=1), 700, 1, "default").layers[0]
+    layer.update(*poisoned(300))
+    for i in range(200):
+        layer.update(*poisoned(1, *[0] * (i == 5)))
+    assert not messages(recwarn)
+    assert layer.keys is not None and messages(recwarn) == ["NaN or inf in 1 tokens in the keys of layer 0"]
+    layer.reset()
+    assert not messages(recwarn)
+
+
+def test_nan_in_a_prompts_window_is_counted_once(recwarn):
+    """It waits in the dense region, and is counted in the prefill; again, when it is flushed, it is no news. What is generated
+    afterwards is."""
+    layer = MiniKVCache(tiny(layers=1), 900, 1, "default").layers[0]
+    layer.update(*poisoned(300, 2, 100, 270, 290))
+    assert messages(recwarn) == ["NaN or inf in 4 tokens in the keys of layer 0"]
+    for i in range(500):
+        layer.update(*poisoned(1, *[0] * (i == 300)))
+        layer.report()
+    assert messages(recwarn) == ["NaN or inf in 1 tokens in the keys of layer 0"]

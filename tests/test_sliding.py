@@ -45,6 +45,19 @@ def test_tokens_equal_eagers_around_the_window(family, length):
         assert all(kind in ("prefill", "decode") or "sliding" in kind or "dense" in kind or "cache" in kind for kind in graph)
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt_oss"])
+def test_models_of_which_nothing_is_taken(family):
+    """Sliding layers alone, or beside full ones with soft caps and attention sinks: from before the window is full to after."""
+    model, backend = zoo.build(family), make_backend()
+    ids = torch.randint(2, zoo.VOCAB, (2, WINDOW - 3))
+    expected = greedy(copy.deepcopy(model), ids, WINDOW + 6)
+    actual = greedy(compiled(model, backend), ids, WINDOW + 6)
+    assert torch.equal(actual.sequences, expected.sequences)
+    torch.testing.assert_close(logits_of(actual), logits_of(expected), rtol=0, atol=1e-4)
+    assert not any(site.rewritten for graph in backend.graphs for site in graph)
+    assert not any(isinstance(layer.keys, KVTensor) for layer in actual.past_key_values.layers)
+
+
 @pytest.mark.parametrize("first, second", [(3, 3), (3, 20), (20, 1), (20, 5), (20, 20)])
 def test_two_turns(first, second):
     """The second prompt meets a sliding cache that is full, or not yet."""

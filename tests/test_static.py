@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import StaticCache
 
 from minikv_compile import MiniKVConfig, cache_report, explain, fixed
 from minikv_compile.buffers import GivenBack, make_dense
 from minikv_compile.cache import MiniKVLayer
 
-from .helpers import VOCAB, compiled, greedy, kinds, logits_of, make_backend, prompt, tiny
+from .helpers import VOCAB, kinds, make_backend, prompt
 
 minikv = torch.ops.minikv
 LAYERS, HEADS, KV_HEADS, DIM, ROOM = 2, 4, 2, 16, 160
@@ -312,12 +311,33 @@ def test_tokens_that_the_model_wrote_without_the_backend():
     assert all_given_back(model)
 
 
-def test_a_decode_step_after_an_eager_prompt_is_left_alone():
-    model, ids, backend = StaticDecoder(), prompt(40), make_backend()
+def test_a_decode_step_takes_over_the_tokens_of_an_eager_prompt():
+    """As where only the decode step is compiled, which is how gpt-fast does it."""
+    model, ids, backend = StaticDecoder(), prompt(40), make_backend(strict=True)
     expected = run(copy.deepcopy(model), ids, 30)
     run(model, ids[:, :30], 30)
     same_tokens(run(torch.compile(model, backend=backend), ids[:, 30:], start=30), expected[:, 30:])
-    assert all("the prompt was left alone" in kind for kind in kinds(backend)[0]) and all_dense(model)
+    assert kinds(backend) == [["decode"] * LAYERS] * 2 and all_given_back(model)  # of dense buffers, and of compressed ones
+
+
+def test_a_decode_step_after_an_eager_prompt_that_the_policy_would_have_to_see():
+    model, ids, backend = StaticDecoder(), prompt(40), make_backend("minikv")
+    expected = run(copy.deepcopy(model), ids, 30)
+    run(model, ids[:, :30], 30)
+    same_tokens(run(torch.compile(model, backend=backend), ids[:, 30:], start=30), expected[:, 30:])
+    assert all("the policy looks at the prompt" in kind for kind in kinds(backend)[0]) and all_dense(model)
+
+
+def test_a_decode_step_after_a_prompt_that_was_left_alone():
+    class Odd(StaticDecoder):
+        def attend(self, i, q, k, v, positions, start):
+            out = super().attend(i, q, k, v, positions, start)
+            return out if q.shape[2] == 1 else out + 0 * getattr(self, f"k{i}").mean()
+
+    model, backend = Odd(), make_backend()
+    expected, actual = both(model, prompt(60), 40, backend=backend)
+    same_tokens(actual, expected)
+    assert all("the prompt was left alone" in kind for kind in kinds(backend)[1]) and all_dense(model)
 
 
 # ---- the buffer afterwards
@@ -523,7 +543,6 @@ LEFT_ALONE = [
     (setitem, unknown_mask, "not proved to be causal"),
     (setitem, no_mask, "room that holds no tokens yet"),
     (setitem, other_rows, "not proved to be causal"),
-    (setitem, padded, "padding in static buffers"),
     (setitem, also_read, "also read elsewhere"),
     (next_position, triangle, "computed in the graph"),
     (reversed_positions, triangle, "computed in the graph"),
@@ -539,7 +558,6 @@ LEFT_ALONE = [
 def test_what_is_not_proved_is_left_alone(write, see, reason):
     model, backend = StaticDecoder(write, see), make_backend()
     model.register_buffer("band", model.triangle.triu(-8))
-    model.register_buffer("keep", torch.ones(1, ROOM, dtype=torch.long))
     if write is first_channels:
         for i in range(LAYERS):
             for role in "kv":
@@ -550,19 +568,103 @@ def test_what_is_not_proved_is_left_alone(write, see, reason):
     assert all_dense(model), kinds(backend)
 
 
-def test_sequence_before_heads_is_left_alone():
-    class Transposed(StaticDecoder):
-        def buffer(self, batch, room):
-            return torch.zeros(batch, room, KV_HEADS, DIM)
+def test_padding():
+    """Which tokens are padding, the model keeps as a buffer; what a padding token answers is not specified."""
+    model, backend, ids = StaticDecoder(see=padded, batch=2), make_backend(strict=True), prompt(70, batch=2)
+    model.register_buffer("keep", torch.ones(2, ROOM, dtype=torch.long))
+    model.keep[1, :5] = 0
+    expected, actual = both(model, ids, 40, 1, 1, 9, backend=backend)
+    same_tokens(actual[0], expected[0])
+    same_tokens(actual[1, 5:], expected[1, 5:])
+    assert kinds(backend) == [["prefill"] * LAYERS, ["decode"] * LAYERS, ["prefill"] * LAYERS] and all_given_back(model)
+    assert model.k0.layer.padding.tolist() == [0, 5]
+    model.keep[1, 6] = 0
+    with pytest.raises(ValueError, match="does not fit"):
+        run(torch.compile(model, backend=backend), prompt(1, batch=2), start=70)
 
-    def write(buffer, new, positions, start):
-        buffer[:, positions] = new.transpose(1, 2)
-        return buffer.transpose(1, 2)
 
-    model, backend = Transposed(write), make_backend()
-    expected, actual = both(model, prompt(60), 40, backend=backend)
+def from_outside(model, q, k, v, positions, start):
+    return sdpa(q, k, v, model.mask)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_masks_that_come_from_outside_of_the_graph(additive):
+    model, backend, ids = StaticDecoder(see=from_outside, batch=2), make_backend(), prompt(60, batch=2)
+
+    def talk(model, call, sizes=(40, 1, 1, 9, 1)):
+        out, start = [], 0
+        for n in sizes:
+            seen = torch.arange(ROOM) <= torch.arange(start, start + n)[:, None]
+            seen = (seen & (torch.arange(ROOM) >= torch.tensor([0, 7])[:, None, None]))[:, None]
+            model.mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min) if additive else seen
+            out.append(call(ids[:, start : start + n], torch.arange(start, start + n)))
+            start += n
+        return torch.cat(out, 1)
+
+    with torch.no_grad():
+        twin = copy.deepcopy(model)
+        expected, step = talk(twin, twin), torch.compile(model, backend=backend)
+        actual = talk(model, step)
+        same_tokens(actual[0], expected[0])
+        same_tokens(actual[1, 7:], expected[1, 7:])
+        assert all_given_back(model) and model.k0.layer.padding.tolist() == [0, 7]
+        for start, n in ((52, 1), (52, 4)):
+            model.mask = model.mask[:, :, :1].repeat(1, 1, n, 1)  # of the last step: they do not see themselves
+            with pytest.raises(ValueError, match="does not fit"):
+                step(prompt(n, batch=2), torch.arange(start, start + n))
+
+
+def test_a_mask_from_outside_that_is_not_causal_is_left_alone():
+    model, backend = StaticDecoder(see=from_outside), make_backend()
+    model.mask = torch.ones(40, ROOM, dtype=torch.bool)[None, None]
+    step, twin, ids = torch.compile(model, backend=backend), copy.deepcopy(model), prompt(40)
+    with torch.no_grad():
+        same_tokens(step(ids, torch.arange(40)), twin(ids, torch.arange(40)))
+    assert all("from outside of the graph, is not causal" in kind for kind in kinds(backend)[0]) and all_dense(model)
+
+
+class SeqFirst(StaticDecoder):
+    """Buffers [batch, seq, kv_heads, head_dim]."""
+
+    def buffer(self, batch, room):
+        return torch.zeros(batch, room, KV_HEADS, DIM)
+
+
+def seq_first(buffer, new, positions, start):
+    buffer[:, positions] = new.transpose(1, 2)
+    return buffer.transpose(1, 2)
+
+
+def seq_first_index_copy(buffer, new, positions, start):
+    return buffer.index_copy_(1, positions, new.transpose(1, 2)).permute(0, 2, 1, 3)
+
+
+def seq_first_slice(buffer, new, positions, start):
+    buffer[:, start : start + new.shape[2]] = new.transpose(1, 2)
+    return buffer[:, : start + new.shape[2]].transpose(1, 2)
+
+
+@pytest.mark.parametrize("write, see", [(seq_first, triangle), (seq_first_index_copy, grid), (seq_first_slice, by_length)])
+def test_sequence_before_heads(write, see):
+    model, backend, ids = SeqFirst(write, see, batch=2), make_backend(strict=True), prompt(60, batch=2)
+    expected, actual = both(model, ids, 40, backend=backend)
     same_tokens(actual, expected)
-    assert all_dense(model) and not any(site.rewritten for graph in backend.graphs for site in graph)
+    assert all_given_back(model) and model.k0.shape == (2, ROOM, KV_HEADS, DIM)
+    make_dense(model)
+    assert model.k0.shape == (2, ROOM, KV_HEADS, DIM)
+    twin, token = copy.deepcopy(model), prompt(1, batch=2)
+    same_tokens(run(torch.compile(model, backend=backend), token, start=60), run(twin, token, start=60))
+
+
+def test_sequence_before_heads_compressed():
+    """The same codes as with heads in front."""
+    ids, layers = prompt(350), []
+    for kind, write in ((StaticDecoder, setitem), (SeqFirst, seq_first)):
+        torch.manual_seed(1)
+        model = kind(write, room=400)
+        run(torch.compile(model, backend=make_backend("minikv")), ids, 300)
+        layers.append(model.k1.layer)
+    assert all(map(torch.equal, layers[0].tensors(), layers[1].tensors()))
 
 
 def test_layers_of_one_large_buffer_are_left_alone():
@@ -649,17 +751,6 @@ def test_a_mask_that_changes_afterwards_is_an_error():
     model.triangle[44, 2] = False
     with pytest.raises(ValueError, match="not causal any more"):
         run(step, prompt(1), start=45)
-
-
-def test_static_cache_is_left_alone_and_explained():
-    model, ids, backend = tiny(), prompt(30), make_backend()
-    expected = greedy(model, ids, 8)
-    cache = StaticCache(model.config, max_cache_len=64)
-    actual = greedy(compiled(model, backend), ids, 8, past_key_values=cache, disable_compile=True)
-    assert torch.equal(actual.sequences, expected.sequences)
-    torch.testing.assert_close(logits_of(actual), logits_of(expected), rtol=0, atol=1e-4)
-    reasons = kinds(backend)
-    assert reasons and all("MiniKVCache" in kind for graph in reasons for kind in graph), reasons
 
 
 # ---- reports, example, ops

@@ -489,6 +489,21 @@ def test_nan_is_reported_once():
     assert torch.isfinite(dense).all()
 
 
+def test_nan_in_a_prompts_window_is_counted_once(recwarn):
+    """It waits in the dense region, and is counted in the prefill; again, when it is flushed, it is no news."""
+    x = torch.randn(2, HEADS, 300, DIM)
+    x[0, 1, [2, 100, 270, 290], 3] = torch.nan
+    kv, _ = make(x=x, batch=2)
+    recwarn.clear()  # of keys and values
+    for i in range(500):
+        new = new_tokens(like=kv)
+        new[1, 0, 0, 0] = torch.inf if i == 100 else 0  # of the other row
+        kv = torch.cat([kv, new], 2)
+        report_not_finite([kv], [0])
+    found = [str(w.message).split(":")[0] for w in recwarn.list if "NaN" in str(w.message)]
+    assert found == ["NaN or inf in 1 tokens in the keys of layer 0"]
+
+
 def test_a_copy_does_not_report_again(recwarn):
     x = torch.randn(1, HEADS, 300, DIM)
     x[0, 0, 7] = torch.nan

@@ -1,0 +1,72 @@
+"""Which layer of its model an attention site is, also where graph breaks part the model.
+
+A whole graph counts its sites in execution order. A part does not know how many ran before it, nor how many follow. But the
+module whose compiled call is running knows its attention modules, and each site's weights belong to one of them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.fx import Node
+
+from .. import compat
+
+if TYPE_CHECKING:
+    from .rewrite import Rewriter
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a graph's sites, of all `total` of them."""
+
+    indices: list[int]
+    total: int
+    is_part: bool = False
+    """Whether the model has others, in other graphs."""
+    known: bool = True
+    """False: it is a part, counted from 0."""
+
+
+def number(rewriter: Rewriter, calls: list[Node]) -> Layers:
+    """The layers of the attention sites `calls`."""
+    counted = list(range(len(calls)))
+    root, is_whole = compat.compiled_call()
+    if is_whole and not compat.ends_in_break(rewriter.module):
+        return Layers(counted, len(calls))
+    owners = [_owner(rewriter, call, root) for call in calls]
+    kinds = tuple({type(owner) for owner in owners if owner is not None})
+    modules = [] if root is None else [module for module in root.modules() if isinstance(module, kinds)]
+    indices = [i for owner in owners for i, module in enumerate(modules) if module is owner]
+    if len(set(indices)) < len(calls):
+        return Layers(counted, len(calls), is_part=True, known=False)
+    return Layers(indices, len(modules), is_part=True)
+
+
+def _owner(rewriter: Rewriter, call: Node, root: nn.Module | None) -> nn.Module | None:
+    """The module of `root` that makes the call: of the class that Dynamo saw there, with the nearest weight."""
+    stack = list((call.meta.get("nn_module_stack") or {}).values())
+    weight = _nearest_weight(rewriter, call)
+    if root is None or not stack or weight is None:
+        return None
+    found = [
+        module for module in root.modules()
+        if type(module) is stack[-1][1] and module is not root and any(p is weight for p in module.parameters())
+    ]  # fmt: skip
+    return found[0] if len(found) == 1 else None
+
+
+def _nearest_weight(rewriter: Rewriter, call: Node) -> nn.Parameter | None:
+    """The parameter that fewest nodes are between: of what the attention is computed from, else of what becomes of it."""
+    for neighbours in (lambda node: node.all_input_nodes, lambda node: [*node.users, *node.all_input_nodes]):
+        pending, seen = deque([call]), {call}
+        while pending:
+            node = pending.popleft()
+            if node.op == "placeholder" and isinstance(value := rewriter.value_of(node), nn.Parameter):
+                return value
+            pending.extend(new := [n for n in neighbours(node) if n not in seen])
+            seen.update(new)
+    return None

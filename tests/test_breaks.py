@@ -1,0 +1,111 @@
+"""Graph breaks: each part is compiled by itself, and knows which layers of the model it holds."""
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from transformers import StaticCache
+
+from minikv_compile import KVTensor, explain
+
+from .helpers import PlainDecoder, captured, causal, compiled, greedy, make_backend, prompt, run_plain, tiny
+
+OLD_MASKS = Version(transformers.__version__) < Version("5.20")
+"""There each part makes a mask for the others, which they do not understand."""
+
+
+def broken(layers, how, at=1, **changes):
+    """A decoder with a break in its layer `at`: around the whole layer, which is then not compiled, or inside of it."""
+    model = tiny(layers=layers, **changes)
+    layer = model.model.layers[at]
+    if how == "disabled":
+        layer.forward = torch._dynamo.disable(layer.forward)
+    else:
+        forward = layer.mlp.forward
+
+        def with_break(x):
+            torch._dynamo.graph_break()
+            return forward(x)
+
+        layer.mlp.forward = with_break
+    return model
+
+
+def layers_of(backend):
+    """The layers that graphs of each kind hold."""
+    found = {}
+    for graph in backend.graphs:
+        for site in graph:
+            found.setdefault(site.kind or site.reason, set()).add(site.layer)
+            assert site.layer_known
+    return found
+
+
+@pytest.mark.skipif(OLD_MASKS, reason="masks come from another graph")
+@pytest.mark.parametrize("how, skip, skipped", [("disabled", 2, 2), ("inside", -1, 3), ("inside", -4, 0)])
+def test_skipped_layers(how, skip, skipped):
+    model, backend = broken(4, how), make_backend(skip_layers=(skip,))
+    prompts = [prompt(40), prompt(20, 2)]  # the second recompiles
+    expected = [greedy(model, ids, 4).sequences for ids in prompts]
+    compiled(model, backend)
+    for ids, tokens in zip(prompts, expected, strict=True):
+        got = greedy(model, ids, 4)
+        assert torch.equal(got.sequences, tokens) and captured()[1] >= 1
+        for layer, kept in enumerate(got.past_key_values.layers):
+            compiled_layer = layer != skipped and not (how == "disabled" and layer == 1)
+            assert isinstance(kept.keys, KVTensor) == compiled_layer, layer
+    taken = {0, 1, 2, 3} - {skipped} - ({1} if how == "disabled" else set())
+    found = layers_of(backend)
+    assert (found["prefill"], found["decode"], found["listed in skip_layers"]) == (taken, taken, {skipped})
+
+
+@pytest.mark.skipif(OLD_MASKS, reason="masks come from another graph")
+def test_budgets_are_those_of_the_whole_model():
+    ids, kept = prompt(1344), []
+    for how in (None, "inside"):
+        torch._dynamo.reset()
+        torch.manual_seed(3)
+        model = tiny(layers=4) if how is None else broken(4, how)
+        with torch.no_grad():
+            cache = compiled(model, make_backend("minikv"))(ids, use_cache=True).past_key_values
+        kept.append([layer.keys.kept_mask().sum().item() for layer in cache.layers])
+    assert kept[0] == kept[1] and kept[0] == sorted(kept[0], reverse=True) and len(set(kept[0])) == 4
+
+
+def test_static_cache():
+    """Its buffers are arguments of the later parts, where they can be taken as well."""
+    model, backend = broken(3, "inside"), make_backend()
+    ids = prompt(30)
+    expected = greedy(model, ids).sequences
+    cache = StaticCache(model.config, max_cache_len=64)
+    got = greedy(compiled(model, backend), ids, past_key_values=cache, disable_compile=True)
+    assert torch.equal(got.sequences, expected)
+
+
+def test_layers_that_are_not_known_are_said_to_be(caplog):
+    """A decoder whose attention is no module of its own."""
+
+    def attend(q, k, v, past):
+        torch._dynamo.graph_break()
+        return causal(q, k, v, past)
+
+    model, ids, backend = PlainDecoder(attend, layers=3), prompt(30), make_backend(skip_layers=(0,))
+    expected, _ = run_plain(model, ids, 25)
+    got, _ = run_plain(torch.compile(model, backend=backend), ids, 25)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+    assert not any(site.layer_known for graph in backend.graphs for site in graph)
+    assert "which of its layers these 1 are is not known" in caplog.text
+    assert "0?" in str(explain(model, ids))
+
+
+def test_a_function_around_the_model_is_whole():
+    model, ids, backend = tiny(layers=3), prompt(30), make_backend(skip_layers=(-1,))
+
+    @torch.compile(backend=backend)
+    def step(ids):
+        return model(ids, use_cache=True).past_key_values
+
+    with torch.no_grad():
+        cache = step(ids)
+    assert [isinstance(layer.keys, KVTensor) for layer in cache.layers] == [True, True, False]
+    assert all(site.layer_known for graph in backend.graphs for site in graph)
