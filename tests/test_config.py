@@ -23,7 +23,8 @@ WRONG = {
     "heavy": [-0.1, 1.1, -1, math.nan, math.inf, True, "half", None],
     "recent": [-0.1, 1.1, -1, math.nan, False, None],
     "layer_budget": ["cone", (), (-1.0, 2.0), (0, 0), ("1",), None],
-    "pyramid_depth": [0, 0.5, -1, math.nan, "7", None],
+    "pyramid_depth": [0, 0.5, -1, math.nan, "7"],
+    "coverage": [0, 0.0, 1.01, math.nan, "0.9", None],
     "skip_layers": [(1.0,), ("0",), (True,), (None,)],
     "min_prompt": [-1, 2.0, None],
     "strict": [1, "yes", None],
@@ -58,7 +59,7 @@ def test_presets():
     assert not MiniKVConfig().drops and not MiniKVConfig.preset("lossless").drops
     paper = MiniKVConfig.preset("minikv")
     assert (paper.bits, paper.group, paper.rotation, paper.heavy, paper.recent) == (2, 16, "none", 0.25, 0.25)
-    assert (paper.layer_budget, paper.pyramid_depth, paper.capacity, paper.drops) == ("pyramid", 7.0, 128, True)
+    assert (paper.layer_budget, paper.pyramid_depth, paper.capacity, paper.drops) == ("pyramid", None, 128, True)
     assert MiniKVConfig.preset("minikv", heavy=64).heavy == 64
     with pytest.raises(ConfigError, match=r"preset\('best'\): must be one of default, minikv, lossless"):
         MiniKVConfig.preset("best")
