@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from importlib.util import find_spec
@@ -47,25 +47,31 @@ class Peer:
     name: str
     settings: dict[str, Any]
 
-    @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[Callable[..., Any]]:
-        """The forward that reads prompts with this method.
-
-        A cache that is passed to it again must be one that it made.
+    def forward(self, model: Any) -> Callable[..., Any]:
+        """The model's forward, as it is now, with this method. A cache that is passed to it again must be one that it
+        made; it knows how many tokens went into it when some of them are gone.
 
         Raises:
-            PeerError: what it needs is not installed, or it has no such setting.
+            PeerError: what the method needs is not installed, or it has no such setting.
         """
-        with ExitStack() as stack:
-            try:
-                if self.name in AXES:
-                    make = self._quantized(model)
-                else:
-                    make = DynamicCache
-                    stack.enter_context(_pressed(model, self._press()))
-            except (ImportError, TypeError, ValueError) as error:
-                raise PeerError(f"{self.name}: {error}") from error
-            yield _with_positions(model.forward, make)
+        plain = model.forward
+        try:
+            press = None if self.name in AXES else self._press()
+            make = DynamicCache if press else self._quantized(model)
+        except (ImportError, TypeError, ValueError, AssertionError) as error:
+            raise PeerError(f"{self.name}: {error}") from error
+
+        @wraps(plain)
+        def read(input_ids: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
+            cache = make() if past_key_values is None else past_key_values
+            past, n = getattr(cache, "tokens_read", 0), input_ids.shape[1]
+            positions = torch.arange(past, past + n, device=input_ids.device).expand(len(input_ids), -1)
+            with _pressed(model, press) if press else nullcontext():
+                out = plain(input_ids=input_ids, past_key_values=cache, position_ids=positions, **kwargs)
+            cache.tokens_read = past + n
+            return out
+
+        return read
 
     def _press(self) -> Any:
         module = _kvpress(self.name.removeprefix("kvpress-"))
@@ -182,21 +188,6 @@ def _pressed(model: Any, press: Any) -> Iterator[None]:
             stack.callback(delattr, attention, "rotary_emb")
             stack.callback(attention.register_forward_hook(compress, with_kwargs=True).remove)
         yield
-
-
-def _with_positions(forward: Callable[..., Any], make: Callable[[], Any]) -> Callable[..., Any]:
-    """`forward` that makes the cache, and knows how many tokens went into it when some of them are gone."""
-
-    @wraps(forward)
-    def read(input_ids: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
-        cache = make() if past_key_values is None else past_key_values
-        past, n = getattr(cache, "tokens_read", 0), input_ids.shape[1]
-        positions = torch.arange(past, past + n, device=input_ids.device).expand(len(input_ids), -1)
-        out = forward(input_ids=input_ids, past_key_values=cache, position_ids=positions, **kwargs)
-        cache.tokens_read = past + n
-        return out
-
-    return read
 
 
 def _kvpress(name: str) -> ModuleType:
