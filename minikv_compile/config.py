@@ -19,6 +19,9 @@ PRESETS: dict[str, dict] = {
         group=16, rotation="none", sinks=0, important=0, window=0, policy="heavy_hitter", heavy=0.25, recent=0.25,
         layer_budget="pyramid",
     ),
+    "hybrid": dict(policy="key_outlier", heavy=0.5, recent=0.25, important=128),
+    "small": dict(policy="key_outlier", heavy=0.5, recent=0.25, window=32),
+    "tiny": dict(policy="key_outlier", heavy=0.45, recent=0.05, important=32, window=32),
     "lossless": dict(bits=16, rotation="none", sinks=0, important=0, window=0),
 }  # fmt: skip
 
@@ -173,6 +176,10 @@ class MiniKVConfig:
           About 17% of dense at 8K.
         - `minikv`: the paper's arithmetic and budgets (MiniKV section 4): 2 bits, group 16, 25% heavy hitters + 25%
           recent, pyramid of depth 7. About 14% at 8K. Drops half of the prompt: facts can be lost.
+        - `hybrid`: drops a quarter of the prompt, packs most of the rest at 2 bits, and holds the 128 furthest outliers of
+          each KV head unquantized. About 15% at 8K.
+        - `small`: `default` without a quarter of the prompt, and with a smaller window. About 14% at 8K.
+        - `tiny`: half of the prompt. About 10% at 8K. Facts stay, text suffers (docs/evaluation.md).
         - `lossless`: everything in the model's dtype: the rewriting without the compression.
 
         Raises:

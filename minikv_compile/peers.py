@@ -202,6 +202,6 @@ def _kvpress(name: str) -> ModuleType:
         if spec is None:
             raise ImportError("it is not installed: pip install --no-deps kvpress")
         package = ModuleType("kvpress")
-        package.__path__ = list(spec.submodule_search_locations)
+        package.__spec__, package.__path__ = spec, list(spec.submodule_search_locations)
         sys.modules["kvpress"] = package
     return importlib.import_module(f"kvpress.presses.{name}_press")
