@@ -28,7 +28,8 @@ def main(
     console = Console()
     console.print(beside_table(rows))
     behind = [row for row in rows if row[-1].startswith("-")]
-    console.print(f"Ours is behind in {len(behind)} of {len(rows)} rows, and has nothing so small in {sum(not row[-1] for row in rows)}.")
+    smaller = sum(not row[-1] for row in rows)
+    console.print(f"Of {len(rows)} rows, ours is behind in {len(behind)}, and has nothing so small in {smaller}.")
     if plot is not None:
         draw_pareto(cells, plot)
 

@@ -74,9 +74,8 @@ class Prompt:
         if observed is None:
             return [None] * len(self.keys)
         if observed not in self._scores:
-            self._scores[observed] = [
-                self._columns(*(x[None] for x in layer), observed) for layer in zip(self.queries, self.keys, self.values, strict=True)
-            ]
+            layers = zip(self.queries, self.keys, self.values, strict=True)
+            self._scores[observed] = [self._columns(*(x[None] for x in layer), observed) for layer in layers]
         return self._scores[observed]
 
     @staticmethod

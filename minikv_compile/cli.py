@@ -396,7 +396,8 @@ def study(
     tokens = tuple(numbers(lengths, "--lengths")) if lengths else ()
     lm, tokenizer = load(model, device, dtype)
     torch.manual_seed(seed)
-    about = {**provenance(lm.device), "model": title(model), "dtype": str(lm.dtype).removeprefix("torch."), "prompts": prompts, "seed": seed}
+    dtype_name = str(lm.dtype).removeprefix("torch.")
+    about = {**provenance(lm.device), "model": title(model), "dtype": dtype_name, "prompts": prompts, "seed": seed}
     for i, chosen_name in enumerate(chosen):
         question = STUDIES[chosen_name]
         if question.needs_gpu and lm.device.type != "cuda":

@@ -130,29 +130,41 @@ def beside(
         the tasks (percent of scores, or bits per byte), ours with the same three, and how far ours is ahead (negative:
         behind). Only tasks that both were asked count.
     """
-    for length, place, scored in sorted({(c.length, c.place, c.bits_per_byte is None) for c in cells}):
+    panels = sorted({(c.length, c.place, c.bits_per_byte is None) for c in cells})
+    for length, place, scored in panels:
         mine = [c for c in cells if (c.length, c.place, c.bits_per_byte is None) == (length, place, scored)]
-        sign, key = (100, "score") if scored else (-1, "bits_per_byte")
-        by_method: dict[str, dict[str, Cell]] = {}
-        for cell in mine:
-            by_method.setdefault(cell.method, {})[cell.task] = cell
-        share = {name: fmean(c.share_of_dense_bytes for c in tasks.values()) for name, tasks in by_method.items()}
-        for other in sorted((m for m in by_method if is_other(m) and low <= share[m] <= high), key=share.__getitem__):
-            def mean(method: str, tasks: frozenset = frozenset(by_method[other])) -> float:
-                return sign * fmean(getattr(by_method[method][task], key) for task in tasks)
+        for row in _beside(mine, scored, is_other, low, high):
+            yield (f"{length:,}", place if scored else "text", *row)
 
-            ours = [
-                m for m, tasks in by_method.items()
-                if not is_other(m) and share[m] <= share[other] + 1e-9 and tasks.keys() >= by_method[other].keys()
-            ]  # fmt: skip
-            row = f"{length:,}", place if scored else "text", other, f"{share[other]:.1%}", f"{abs(mean(other)):.{1 if scored else 3}f}"
-            if not ours:
-                yield (*row, "none so small", "", "", "")
-                continue
-            best = max(ours, key=mean)
-            ahead = mean(best) - mean(other)
-            shown = f"{abs(mean(best)):.{1 if scored else 3}f}", f"{ahead:+.{1 if scored else 3}f}"
-            yield (*row, best, f"{share[best]:.1%}", *shown)
+
+def _beside(
+    cells: list[Cell], scored: bool, is_other: Callable[[str], bool], low: float, high: float
+) -> Iterator[tuple[str, ...]]:
+    """`beside` for one length and place, without these."""
+    tasks: dict[str, dict[str, Cell]] = {}
+    for cell in cells:
+        tasks.setdefault(cell.method, {})[cell.task] = cell
+    share = {method: fmean(c.share_of_dense_bytes for c in by_task.values()) for method, by_task in tasks.items()}
+
+    def worth(method: str, among: Iterable[str]) -> float:
+        """More is better."""
+        return fmean(100 * c.score if scored else -c.bits_per_byte for c in (tasks[method][task] for task in among))
+
+    def shown(value: float, sign: str = "") -> str:
+        return f"{value:{sign}.{1 if scored else 3}f}"
+
+    for other in sorted((m for m in tasks if is_other(m) and low <= share[m] <= high), key=share.__getitem__):
+        asked = tasks[other].keys()
+        theirs = worth(other, asked)
+        row = other, f"{share[other]:.1%}", shown(abs(theirs))
+        ours = {
+            m: worth(m, asked) for m in tasks if not is_other(m) and share[m] <= share[other] and tasks[m].keys() >= asked
+        }
+        if ours:
+            best = max(ours, key=ours.__getitem__)
+            yield (*row, best, f"{share[best]:.1%}", shown(abs(ours[best])), shown(ours[best] - theirs, "+"))
+        else:
+            yield (*row, "none so small", "", "", "")
 
 
 BESIDE = ("tokens", "question", "other", "bytes", "score", "ours", "bytes", "score", "ours ahead by")

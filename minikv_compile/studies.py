@@ -82,17 +82,26 @@ def is_other(method: str) -> bool:
 
 BUDGETS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 POLICIES = ("observation_window", "key_outlier", "heavy_hitter", "q_hitter", "key_norm", "recent", "random")
-OURS = ("default", "small", "tiny", "hybrid", "minikv", "minikv:policy=observation_window")
+OURS = (
+    "default", "small", "tiny", "hybrid", "minikv", "minikv:policy=observation_window",
+    "minikv:policy=observation_window:heavy=0.5:recent=0.0",
+)  # fmt: skip
 
 STUDIES: dict[str, Study] = {
     "metadata": Study(
         "What do scales and zeros cost, and what are finer groups worth?",
-        each("default:important=0:rotation={rotation}:group={group}", rotation=("none", "hadamard"), group=(16, 32, 64, 128)),
+        each(
+            "default:important=0:rotation={rotation}:group={group}",
+            rotation=("none", "hadamard"), group=(16, 32, 64, 128),
+        ),
         x=BITS, tasks=("keys", "tracking", TEXT), places=("after",),
     ),
     "pyramid": Study(
         "How deep should the pyramid be?",
-        each("minikv:policy={policy}:pyramid_depth={depth}", policy=("heavy_hitter", "observation_window"), depth=(1, 2, 4, 7, 14, 28)),
+        each(
+            "minikv:policy={policy}:pyramid_depth={depth}",
+            policy=("heavy_hitter", "observation_window"), depth=(1, 2, 4, 7, 14, 28),
+        ),
         x="pyramid_depth", places=("inside",),
     ),
     "pyramid-times": Study(
@@ -122,14 +131,23 @@ STUDIES: dict[str, Study] = {
     ),
     "context-times": Study(
         "What does each policy cost as prompts grow?",
-        ("full", *each("default:policy={policy}:heavy={heavy}", policy=("observation_window", "key_outlier", "heavy_hitter"), heavy=(0.05, 0.5, 0.95))),
+        (
+            "full", "default",
+            *each(
+                "default:policy={policy}:heavy={heavy}",
+                policy=("observation_window", "key_outlier", "heavy_hitter"), heavy=(0.05, 0.5, 0.95),
+            ),
+        ),
         x=LENGTH, kind=TIMES, lengths=(1024, 4096, 16384, 32768, 65536, 102400), shapes=("llama-3.1-8b",), needs_gpu=True,
     ),
     "compression": Study(
         "Which kinds of tasks survive which compression?",
         (
             "full", "default:bits=8", "default:bits=4", "default:bits=4:policy=key_outlier:heavy=0.7", "default",
-            *each("default:policy={policy}:heavy={heavy}", policy=("key_outlier", "observation_window"), heavy=(0.75, 0.5, 0.25, 0.1)),
+            *each(
+                "default:policy={policy}:heavy={heavy}",
+                policy=("key_outlier", "observation_window"), heavy=(0.75, 0.5, 0.25, 0.1),
+            ),
         ),
         x=BYTES, tasks=(*FACT_TASKS, TEXT),
     ),
@@ -140,7 +158,11 @@ STUDIES: dict[str, Study] = {
     ),
     "mikv": Study(
         "Which precision do important and demoted tokens need, with and without balancer?",
-        each("mikv:important_bits={important}:bits={bits}:balancer={balancer}", important=(16, 8, 4), bits=(2, 4), balancer=("true", "false")),
+        each(
+            "mikv:important_bits={important}:bits={bits}:balancer={balancer}",
+            important=(16, 8, 4), bits=(2, 4), balancer=("true", "false"),
+        )
+        + (h2o(410), h2o(655), "default", "small"),
         x=BYTES,
     ),
     "precision": Study(

@@ -65,7 +65,8 @@ def run_study(
     """
     lengths = settings.lengths or study.lengths
     points, cells, failures = [], [], []
-    for found in {SCORES: _scores, TIMES: _times, PERSISTENCE: _persistence}[study.kind](study, model, tokenizer, lengths, settings):
+    measured = {SCORES: _scores, TIMES: _times, PERSISTENCE: _persistence}[study.kind]
+    for found in measured(study, model, tokenizer, lengths, settings):
         if isinstance(found, Failure):
             failures.append(found)
         elif isinstance(found, Cell):
@@ -213,7 +214,8 @@ def write_study(
 def _page(name: str, study: Study, points, cells, failures, about: dict) -> Iterator[str]:
     yield f"# {study.question}\n\n`{about['command']}`\n"
     versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
-    yield f"{about['date']}, {about['device']}, {about['dtype']}, {versions}; {about['prompts']} prompts a cell, seed {about['seed']}.\n"
+    yield f"{about['date']}, {about['device']}, {about['dtype']}, {versions}."
+    yield f"{about['prompts']} prompts a cell, seed {about['seed']}.\n"
     if points:
         yield f"![{name}]({name}.png)\n"
     lengths = sorted({point.length for point in points})
@@ -279,7 +281,8 @@ def draw(study: Study, points: list[Point], path: Path) -> None:
                 xs, ys = [p.x for p in mine], [p.y for p in mine]
                 axis.plot(xs, ys, style, marker="o", ms=3, lw=1, color=f"C{number % 10}", label=label)
                 if mine[0].low is not None:
-                    axis.fill_between(xs, [p.low for p in mine], [p.high for p in mine], color=f"C{number % 10}", alpha=0.1, lw=0)
+                    ends = [p.low for p in mine], [p.high for p in mine]
+                    axis.fill_between(xs, *ends, color=f"C{number % 10}", alpha=0.1, lw=0)
         axis.set_title(panel, loc="left", fontsize=9)
         axis.set_xlabel(f"{study.x}, % of dense" if study.x == BYTES else study.x)
         axis.grid(alpha=0.3)

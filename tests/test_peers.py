@@ -54,7 +54,9 @@ def test_each_layer_attends_over_what_it_holds():
     with own_masks(model):
         together = model(ids[:, 30:], past_key_values=cut(), position_ids=positions).logits
         cache = cut()
-        one_by_one = [model(ids[:, i : i + 1], past_key_values=cache, position_ids=positions[:, i - 30 : i - 29]).logits for i in range(30, 40)]
+        one_by_one = [
+            model(ids[:, 30 + i, None], past_key_values=cache, position_ids=positions[:, i, None]).logits for i in range(10)
+        ]
     torch.testing.assert_close(together, torch.cat(one_by_one, 1), rtol=1e-4, atol=1e-4)
     report = peer_report(model, cache, 2, 40)
     assert [layer.kept for layer in report.layers] == [[17, 17], [29, 29]]

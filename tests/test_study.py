@@ -13,7 +13,17 @@ from minikv_compile.measure import parse_method
 from minikv_compile.persistence import STEPS, persistence
 from minikv_compile.results import Cell, beside, read_cells
 from minikv_compile.studies import (
-    BYTES, H2O_LENGTHS, KIVI, PERSISTENCE, SCORES, STUDIES, TIMES, Study, at_fixed_bytes, h2o, is_other,
+    BYTES,
+    H2O_LENGTHS,
+    KIVI,
+    PERSISTENCE,
+    SCORES,
+    STUDIES,
+    TIMES,
+    Study,
+    at_fixed_bytes,
+    h2o,
+    is_other,
 )  # fmt: skip
 from minikv_compile.study import Settings, cannot, line_of, run_study, write_study, x_of
 
@@ -95,7 +105,10 @@ def test_scores_are_measured_and_written(model, tmp_path):  # noqa: F811
         "text: KL(full || method), nats", "bytes, % of dense",
     }  # fmt: skip
     assert {p.x for p in points if p.method == "default:group=32"} == {32}
-    about = {"command": "minikv study", "versions": {"torch": "x"}, "date": "today", "device": "cpu", "dtype": "float32", "prompts": 2, "seed": 0}
+    about = {
+        "command": "minikv study", "versions": {"torch": "x"}, "date": "today", "device": "cpu", "dtype": "float32",
+        "prompts": 2, "seed": 0,
+    }  # fmt: skip
     write_study("group", study, points, cells, failures, about, tmp_path)
     page, figures = (tmp_path / "group.md").read_text(), json.loads((tmp_path / "group.json").read_text())
     assert "# Which group?" in page and "| `default:group=64` | 64 |" in page and "Could not run" in page
@@ -136,5 +149,6 @@ def test_the_command(model, tmp_path, monkeypatch):  # noqa: F811
     result = CliRunner().invoke(app, [*arguments, "--device", "cpu", "--out", str(tmp_path / "studies")])
     assert result.exit_code == 0, result.output
     assert "context-times: needs a GPU" in result.output
-    assert sorted(path.name for path in (tmp_path / "studies").iterdir()) == ["persistence.json", "persistence.md", "persistence.png"]
+    written = sorted(path.name for path in (tmp_path / "studies").iterdir())
+    assert written == ["persistence.json", "persistence.md", "persistence.png"]
     assert CliRunner().invoke(app, ["study", "best", "--model", "none"]).exit_code == 2
