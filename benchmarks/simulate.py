@@ -2,15 +2,15 @@
 
     python benchmarks/simulate.py --prompts 300 --json benchmarks/results/simulate.json
 
-The shipped decoder reads a prompt with a dense cache. Its keys and values are compressed and read back, by the ops of
-the backend, once for each variant; then the answer is fed at once: it counts if each of its tokens was the likeliest one.
-So small differences show, on the same prompts, at a tenth of the time of `minikv eval`.
+The shipped decoder reads a prompt with a dense cache. Its tokens are chosen, and its keys and values compressed and read
+back, by the ops of the backend, once for each variant; then the answer is fed at once: it counts if each of its tokens was
+the likeliest one. So small differences show, on the same prompts, at a tenth of the time of `minikv eval`.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -24,8 +24,9 @@ from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 
 from minikv_compile.balancer import query_range
-from minikv_compile.cli import load
+from minikv_compile.cli import listed, load, numbers, split_methods
 from minikv_compile.config import MiniKVConfig
+from minikv_compile.evaluate import PLACES
 from minikv_compile.haystack import held_out_ids
 from minikv_compile.kernels.important import distance_from_mean, stored_order
 from minikv_compile.kernels.packing import BLOCK
@@ -33,10 +34,11 @@ from minikv_compile.kernels.prefill import causal_attention_lse
 from minikv_compile.kernels.scores import column_scores
 from minikv_compile.kernels.select import highest
 from minikv_compile.measure import parse_method
-from minikv_compile.ops import ROLES, compress_prompt, dequantize, fields, tier_names
+from minikv_compile.ops import ROLES, compress_prompt, dequantize, fields, kept_mask, tier_names
+from minikv_compile.peers import own_masks
 from minikv_compile.provenance import provenance
 from minikv_compile.rotation import rotation_matrix
-from minikv_compile.tasks import make_sample
+from minikv_compile.tasks import FACT_TASKS, make_sample
 
 FEEDBACK = "+feedback"
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +62,27 @@ class Prompt:
     """[layers, heads, n, head_dim]"""
     tokens: Tensor
     """The prompt's last token and the continuation, int64 [1, n]."""
+    _scores: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def until(self, n: int) -> Prompt:
+        """The prompt cut after `n` tokens: no key of a causal model knows what follows it. The rest is fed with the
+        continuation by the caller."""
+        return Prompt(self.keys[:, :, :n], self.values[:, :, :n], self.queries[:, :, :n], self.tokens)
+
+    def scores(self, observed: int | None) -> list[Tensor | None]:
+        """Of each layer, the column scores of the newest `observed` queries, all for 0: fp32 [1, kv_heads, n]; None for
+        policies that look at none."""
+        if observed is None:
+            return [None] * len(self.keys)
+        if observed not in self._scores:
+            layers = zip(self.queries, self.keys, self.values, strict=True)
+            self._scores[observed] = [self._columns(*(x[None] for x in layer), observed) for layer in layers]
+        return self._scores[observed]
+
+    @staticmethod
+    def _columns(q: Tensor, k: Tensor, v: Tensor, observed: int) -> Tensor:
+        scale = q.shape[-1] ** -0.5
+        return column_scores(q, k, causal_attention_lse(q, k, v, scale)[1], scale, None, observed or None)
 
 
 def read(model, ids: Tensor, continuation: Tensor) -> Prompt:
@@ -80,42 +103,46 @@ def read(model, ids: Tensor, continuation: Tensor) -> Prompt:
     return Prompt(keys, values, torch.cat(seen), torch.cat([ids[:, -1:], continuation], 1))
 
 
-def moments(prompt: Prompt) -> Tensor:
-    """Second moments of the queries of each KV head: fp32 [layers, kv_heads, head_dim, head_dim]."""
-    queries = prompt.queries.float().unflatten(1, (prompt.keys.shape[1], -1)).flatten(2, 3)
-    return queries.mT @ queries / queries.shape[2]
+@dataclass
+class Stored:
+    """A compressed cache, read back."""
+
+    keys: list[Tensor]
+    """Of each layer, [1, kv_heads, kept, head_dim], in the model's dtype."""
+    values: list[Tensor]
+    share: float
+    """Bytes held, of those of a dense cache, both with 16-bit numbers."""
 
 
-def scores(prompt: Prompt, observed: int | None) -> Tensor | None:
-    """What the policies see of the prompt's attention: fp32 [layers, kv_heads, n]."""
-    if observed is None:
-        return None
-    q, k = prompt.queries, prompt.keys
-    scale = q.shape[3] ** -0.5
-    layers = [
-        column_scores(q, k, causal_attention_lse(q, k, k, scale)[1], scale, None, observed or None)
-        for q, k in zip(q.split(1), k.split(1), strict=True)
-    ]
-    return torch.cat(layers)
-
-
-def stored(prompt: Prompt, config: MiniKVConfig) -> list[Tensor]:
-    """Keys and values, compressed and read back."""
-    k, v = prompt.keys, prompt.values
-    observed, q_range = scores(prompt, config.observed_queries), query_range(prompt.queries, k, None, None)
-    made = iter(compress_prompt(k, v, observed, None, None, 0, 1, config.to_json(), q_range))
-    back = []
-    for role in ROLES:
-        held = {name: next(made) for name in fields(config, role, False)}
-        tier = [held[name] for name in tier_names(config, role)]
-        order = ("dense", "state", "important", "kept")
-        back.append(dequantize(tier, *(held.get(name) for name in order), k.shape[2], role, config.to_json()))
-    return back
+def stored(prompt: Prompt, config: MiniKVConfig | None) -> Stored:
+    """Keys and values, compressed layer by layer and read back."""
+    keys, values, held, layers = [], [], 0, len(prompt.keys)
+    if config is None:
+        return Stored(*([x[None] for x in part] for part in (prompt.keys, prompt.values)), 1.0)
+    text, n = config.to_json(), prompt.keys.shape[2]
+    q_range = query_range(prompt.queries, prompt.keys, None, None) if config.balances else None
+    for layer, scores in enumerate(prompt.scores(config.observed_queries)):
+        k, v = (x[layer, None].bfloat16() for x in (prompt.keys, prompt.values))
+        made = compress_prompt(
+            k, v, scores, None, None, layer, layers, text, None if q_range is None else q_range[layer, None]
+        )
+        held += sum(t.nbytes for t in made)
+        rest = iter(made)
+        for role, back in zip(ROLES, (keys, values), strict=True):
+            parts = {name: next(rest) for name in fields(config, role, False)}
+            tier = [parts[name] for name in tier_names(config, role)]
+            order = ("dense", "state", "important", "kept")
+            x = dequantize(tier, *(parts.get(name) for name in order), n, role, text).to(prompt.keys.dtype)
+            if "kept" in parts:
+                x = x[kept_mask(parts["kept"], parts["state"], n)].view(1, x.shape[1], -1, x.shape[3])
+            back.append(x)
+    return Stored(keys, values, held / (2 * prompt.keys.numel() * 2))
 
 
 def with_feedback(prompt: Prompt, config: MiniKVConfig, plain: Tensor) -> Tensor:
-    """Keys as `plain`, but with codes chosen channel by channel, each making up for the errors of those before it in what
-    the prompt's queries see (GPTQ, arXiv 2210.17323, with the queries' second moments for its Hessian). Same bytes."""
+    """Keys as `plain`, [layers, kv_heads, n, head_dim], but with codes chosen channel by channel, each making up for the
+    errors of those before it in what the prompt's queries see (GPTQ, arXiv 2210.17323, with the queries' second moments
+    for its Hessian). Same bytes. Nothing may be dropped."""
     layers, heads, n, dim = plain.shape
     count = config.important_tokens(n)
     pinned = config.pinned(count)
@@ -129,9 +156,10 @@ def with_feedback(prompt: Prompt, config: MiniKVConfig, plain: Tensor) -> Tensor
     x = (prompt.keys.gather(2, places).float() @ rotation).unflatten(2, (-1, config.group))
     low, high = x.amin(3, keepdim=True), x.amax(3, keepdim=True)
     zero, step = low.bfloat16().float(), ((high - low) / (2**config.bits - 1)).bfloat16().float()
-    seen = rotation.T @ moments(prompt) @ rotation
-    seen.diagonal(dim1=-2, dim2=-1).add_(seen.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True), alpha=0.01)
-    lower = torch.linalg.cholesky(seen)
+    queries = prompt.queries.float().unflatten(1, (heads, -1)).flatten(2, 3)
+    moments = rotation.T @ (queries.mT @ queries / queries.shape[2]) @ rotation
+    moments.diagonal(dim1=-2, dim2=-1).add_(moments.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True), alpha=0.01)
+    lower = torch.linalg.cholesky(moments)
     weights = lower / lower.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
     error = torch.zeros_like(x)
     for i in reversed(range(dim)):
@@ -141,67 +169,96 @@ def with_feedback(prompt: Prompt, config: MiniKVConfig, plain: Tensor) -> Tensor
     return plain.scatter(2, places, ((x + error).flatten(2, 3) @ rotation.T).to(plain.dtype))
 
 
-def variant_cache(prompt: Prompt, name: str) -> list[Tensor]:
+def variant_cache(prompt: Prompt, name: str) -> Stored:
     config = parse_method(name.removesuffix(FEEDBACK))
-    if config is None:
-        return [prompt.keys, prompt.values]
-    keys, values = stored(prompt, config)
-    return [with_feedback(prompt, config, keys) if name.endswith(FEEDBACK) else keys, values]
+    made = stored(prompt, config)
+    if name.endswith(FEEDBACK):
+        made.keys = list(with_feedback(prompt, config, torch.cat(made.keys))[:, None])
+    return made
 
 
-def continued(model, prompt: Prompt, caches: list[list[Tensor]]) -> Tensor:
-    """Logits of the continuation, fp32 [variants, tokens, vocabulary]."""
-    cache = DynamicCache()
-    keys, values = (torch.stack(parts, 1) for parts in zip(*caches, strict=True))
-    for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
-        cache.update(k, v, layer)
-    tokens = prompt.tokens[:, :-1].expand(len(caches), -1)
-    return model(tokens, past_key_values=cache).logits.float()
-
-
-def main(
-    model: str = str(ROOT / "examples" / "tiny_decoder" / "model"),
-    task: str = "tracking",
-    lengths: str = "4096,8192",
-    prompts: int = 300,
-    methods: str = ",".join(VARIANTS),
-    json_file: Annotated[Path | None, typer.Option("--json")] = None,
-) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    lm, tokenizer = load(model, device, "bfloat16" if device == "cuda" else "float32")
-    names = methods.split(",")
-    rows = {name: {"kl": 0.0} for name in names}
-    with torch.no_grad():
-        for length in map(int, lengths.split(",")):
-            right = torch.zeros(len(names), dtype=torch.int64)
-            kl = torch.zeros(len(names))
-            for i in track(range(prompts), f"{length} tokens"):
-                sample = make_sample(task, length, SEED + i, tokenizer)
-                ids = tokenizer(sample.prompt + sample.question, return_tensors="pt").input_ids.to(device)
-                answer = tokenizer(sample.completion, return_tensors="pt", add_special_tokens=False).input_ids.to(device)
-                prompt = read(lm, ids, answer)
-                logits = continued(lm, prompt, [variant_cache(prompt, name) for name in names])
-                right += (logits[:, 1:].argmax(-1) == prompt.tokens[:, 2:]).all(-1).cpu()
-                if i % 10 == 0:
-                    kl += text_kl(lm, tokenizer, length, SEED + i, names).cpu() / -(-prompts // 10)
-            for name, count, divergence in zip(names, right.tolist(), kl.tolist(), strict=True):
-                rows[name] |= {f"{task}_{length}": count / prompts, f"kl_{length}": divergence}
-                rows[name].pop("kl", None)
-    columns = list(rows[names[0]])
-    table = Table("stored", *columns, title=f"exact match of {prompts} prompts; KL(full || variant) on text, nats")
-    for name, row in rows.items():
-        table.add_row(name, *(f"{row[c]:.4f}" if c.startswith("kl") else f"{row[c]:.1%}" for c in columns))
-    Console(width=120).print(table)
-    if json_file is not None:
-        json_file.write_text(json.dumps({**provenance(device), "prompts": prompts, "rows": rows}, indent=1) + "\n")
+def continued(model, cache: Stored, past: int, tokens: Tensor) -> Tensor:
+    """Logits of tokens, int64 [1, n], that follow `past` others: fp32 [n, vocabulary]."""
+    held = DynamicCache()
+    for layer, (k, v) in enumerate(zip(cache.keys, cache.values, strict=True)):
+        held.update(k, v, layer)
+    positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
+    with own_masks(model):
+        return model(tokens, past_key_values=held, position_ids=positions).logits[0].float()
 
 
 def text_kl(lm, tokenizer, length: int, seed: int, names: list[str], continuation: int = 128) -> Tensor:
     """KL(full || variant) of the next tokens of held-out source code, mean, in nats: fp32 [variants]."""
     ids = torch.tensor([held_out_ids(tokenizer, length + continuation, seed)], device=lm.device)
     prompt = read(lm, ids[:, :length], ids[:, length:])
-    chances = continued(lm, prompt, [variant_cache(prompt, name) for name in ["full", *names]]).log_softmax(-1)
-    return (chances[:1].exp() * (chances[:1] - chances[1:])).sum(-1).mean(-1)
+    fed = prompt.tokens[:, :-1]
+    chances = [continued(lm, variant_cache(prompt, name), length - 1, fed).log_softmax(-1) for name in ["full", *names]]
+    full, *others = chances
+    return torch.stack([(full.exp() * (full - other)).sum(-1).mean() for other in others])
+
+
+def main(
+    model: str = str(ROOT / "examples" / "tiny_decoder" / "model"),
+    tasks: str = "tracking",
+    lengths: str = "4096,8192",
+    places: str = "inside",
+    prompts: int = 300,
+    seed: int = SEED,
+    methods: str = ",".join(VARIANTS),
+    texts: Annotated[int, typer.Option(help="Texts for the KL divergence.", show_default="a tenth of --prompts")] = -1,
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lm, tokenizer = load(model, device, "bfloat16" if device == "cuda" else "float32")
+    names, where = split_methods(methods), listed(places, PLACES, "--places")
+    texts = -(-prompts // 10) if texts < 0 else texts
+    rows: dict[str, dict[str, float]] = {name: {} for name in names}
+    with torch.no_grad():
+        for length in numbers(lengths, "--lengths"):
+            for task in listed(tasks, FACT_TASKS, "--tasks"):
+                for i in track(range(prompts), f"{task}, {length} tokens"):
+                    for (name, place), (right, share) in answers(lm, tokenizer, task, length, seed + i, names, where).items():
+                        for column, value in ((f"{task}_{length}_{place}", right), (f"bytes_{length}", share / len(where))):
+                            count = prompts * (len(tasks.split(",")) if column.startswith("bytes") else 1)
+                            rows[name][column] = rows[name].get(column, 0.0) + value / count
+                print(task, length, {name: row for name, row in rows.items()}, flush=True)
+            for i in range(texts):
+                for name, kl in zip(names, text_kl(lm, tokenizer, length, seed + i, names).tolist(), strict=True):
+                    rows[name][f"kl_{length}"] = rows[name].get(f"kl_{length}", 0.0) + kl / texts
+    columns = list(rows[names[0]])
+    table = Table("stored", *columns, title=f"exact match of {prompts} prompts; KL(full || variant) on text, nats")
+    for name, row in rows.items():
+        table.add_row(name, *(f"{row[c]:.4f}" if c.startswith("kl") else f"{row[c]:.1%}" for c in columns))
+    Console(width=160).print(table)
+    if json_file is not None:
+        json_file.write_text(json.dumps({**provenance(device), "prompts": prompts, "rows": rows}, indent=1) + "\n")
+
+
+def answers(
+    lm, tokenizer, task: str, length: int, seed: int, names: list[str], places: list[str]
+) -> dict[tuple[str, str], tuple[bool, float]]:
+    """Of each variant and place, whether the answer to one prompt is right, and the share of the dense bytes."""
+    sample = make_sample(task, length, seed, tokenizer)
+
+    def tokens(text: str, **settings) -> Tensor:
+        return tokenizer(text, return_tensors="pt", **settings).input_ids.to(lm.device)
+
+    context, question = tokens(sample.prompt), tokens(sample.question, add_special_tokens=False)
+    answer = tokens(sample.completion, add_special_tokens=False)
+    ids = torch.cat([context, question, answer], 1)
+    whole = read(lm, ids[:, : -answer.shape[1]], answer)
+    found = {}
+    for place in places:
+        n = context.shape[1] if place == "after" else whole.keys.shape[2]
+        prompt = whole.until(n)
+        for name in names:
+            cache = variant_cache(prompt, name)
+            logits = continued(lm, cache, n, ids[:, n:-1])
+            # The first token of an answer is the prefill's own where the question is inside.
+            told = answer.shape[1] - (place == "inside")
+            right = (logits[-told:].argmax(-1) == answer[0, -told:]).all()
+            found[name, place] = bool(right), cache.share
+    return found
 
 
 if __name__ == "__main__":

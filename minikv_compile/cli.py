@@ -23,11 +23,14 @@ from .config import PRESETS, ConfigError
 from .evaluate import PLACES, TEXT, Group, make_group, record_groups, run_methods
 from .longbench import METRICS, TEMPLATE, load_records
 from .measure import FULL, Measurement, answers_table, draw_kept, figures_table, layers_table, measure, parse_method
+from .peers import PEERS, parse_peer
 from .plan import Planner, parse_bytes, parse_tokens, plan_table
 from .provenance import provenance
 from .report import explain as explain_model
-from .results import draw_pareto, tables
+from .results import Failure, beside, beside_table, draw_pareto, tables
 from .shapes import SHAPES, load_config, load_model, random_model, title, weight_bytes
+from .studies import STUDIES, is_other
+from .study import Settings, run_study, write_study
 from .tasks import FACT_TASKS, TASKS
 
 METHODS = f'"{FULL}" (the dense cache) or a preset ({", ".join(PRESETS)}), changed or not: "default:group=32:bits=4"'
@@ -37,6 +40,7 @@ DECODERS = (
     f'under torch.compile), "{QUANTO}" (its QuantizedCache, 2 bits), "kvpress-snapkv:kept=0.2" or "kvpress-pyramidkv", or '
     f"a preset ({', '.join(PRESETS)}), changed or not, on a MiniKVCache, or with {DYNAMIC} at its end on a DynamicCache."
 )
+MEASURED = f'{METHODS}; with --feed also {", ".join(PEERS)}, as in "kvpress-snapkv:ratio=0.5", "hqq:bits=4"'
 REPLY = 512
 """Tokens of the longest reply that a data set asks for."""
 
@@ -97,12 +101,13 @@ def progress_of(unit: str) -> Progress:
     )
 
 
-def check_methods(methods: list[str], option: str) -> None:
-    """Name what is wrong with a method before a model is loaded."""
+def check_methods(methods: list[str], option: str, peers: bool = False) -> None:
+    """Name what is wrong with a method before a model is loaded. `peers`: other packages' are right, too."""
     for method in methods:
         try:
-            parse_method(method)
-        except ConfigError as error:
+            if not (peers and parse_peer(method)):
+                parse_method(method)
+        except ValueError as error:
             raise typer.BadParameter(str(error), param_hint=option) from None
 
 
@@ -343,12 +348,17 @@ def evaluate(
         typer.Option(help=f"Comma-separated, of {', '.join((*TASKS, TEXT))}.", show_default=",".join(FACT_TASKS)),
     ] = None,
     lengths: Annotated[str, typer.Option(help="Of prompt and question, or of the text's prefix, in tokens.")] = "4096",
-    methods: Annotated[str, typer.Option(help=f"Comma-separated; each {METHODS}.")] = f"{FULL},default,minikv",
+    methods: Annotated[str, typer.Option(help=f"Comma-separated; each {MEASURED}.")] = f"{FULL},default,minikv",
     places: Annotated[
         str, typer.Option(help="Where the question is: inside the compressed prompt, after it, or both.")
     ] = ",".join(PLACES),
     prompts: Annotated[int, typer.Option(min=1, help="Per task and length; of a file, per data set.")] = 50,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts at once, where the question is inside.")] = 1,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Prompts at once, where the question is inside, or with --feed.")
+    ] = 1,
+    feed: Annotated[
+        bool, typer.Option("--feed", help="Feed the right answers instead of generating replies: exact matches, faster.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the first prompt. The default was not tuned on.")] = 1_000_000,
     continuation: Annotated[int, typer.Option(min=1, help=f"{TEXT}: tokens to predict after the prefix.")] = 256,
     chat: Annotated[bool, typer.Option("--chat", help="Ask in the tokenizer's chat template.")] = False,
@@ -380,7 +390,9 @@ def evaluate(
     tokens, where = numbers(lengths, "--lengths"), listed(places, PLACES, "--places")
     listed(metric or "", tuple(METRICS), "--metric")
     chosen = split_methods(methods)
-    check_methods(chosen, "--methods")
+    check_methods(chosen, "--methods", peers=feed)
+    if feed and (chat or jsonl or set(names) - {*FACT_TASKS, TEXT}):
+        raise typer.BadParameter(f"feeds exact answers only: to {', '.join((*FACT_TASKS, TEXT))}", param_hint="--feed")
     torch.manual_seed(seed)
     lm, tokenizer = load(model, device, dtype)
     settings = dict(prompts=prompts, seed=seed, batch=batch, chat=chat, continuation=continuation)
@@ -389,25 +401,67 @@ def evaluate(
         settings = dict(template=prompt_template, metric=metric, limit=prompts)
         groups += recorded(jsonl, lm, tokenizer, max_length, chat, **settings)
     about = {**provenance(lm.device), "model": model, "dtype": str(lm.dtype).removeprefix("torch."), "seed": seed}
-    cells = []
+    about |= {"fed": feed}
+    cells, failures = [], []
     with progress_of("prompts") as progress:
         bar = progress.add_task("", total=len(chosen) * sum(len(group) * len(group.asked(where)) for group in groups))
 
         def advance(method: str, n: int) -> None:
             progress.update(bar, description=method, advance=n)
 
-        for cell in run_methods(lm, tokenizer, chosen, groups, where, inner_for(lm, inner), advance):
-            cells.append(cell)
+        for cell in run_methods(lm, tokenizer, chosen, groups, where, inner_for(lm, inner), advance, feed):
+            (failures if isinstance(cell, Failure) else cells).append(cell)
             if not console.is_terminal:  # no progress bar: a line in the log
                 print(json.dumps(cell.figures()), flush=True)
             if json_file is not None:  # after each cell: a run that is killed leaves what it has
-                json_file.write_text(json.dumps({**about, "cells": [c.figures() for c in cells]}, indent=1) + "\n")
+                found = {"cells": [c.figures() for c in cells], "failed": [f.figures() for f in failures]}
+                json_file.write_text(json.dumps({**about, **found}, indent=1) + "\n")
             if time.monotonic() - started > 60 * minutes:
                 break
     for table in tables(cells):
         console.print(table)
+    if rows := list(beside(cells, is_other)):
+        console.print(beside_table(rows))
+    for failure in failures:
+        console.print(f"{failure.method} could not run: {failure.reason}", markup=False)
     if plot is not None:
         draw_pareto(cells, plot)
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help=f"Comma-separated, of {', '.join(STUDIES)}; or all.")],
+    model: Model,
+    prompts: Annotated[int, typer.Option(min=1, help="Per task and length.")] = 100,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the first prompt. The default was not tuned on.")] = 1_000_000,
+    lengths: Annotated[str, typer.Option(help="Tokens of the prompts.", show_default="the study's")] = "",
+    minutes: Annotated[
+        float, typer.Option(help="Start nothing new after so long; studies share what is left.", show_default="no limit")
+    ] = float("inf"),
+    out: Annotated[Path, typer.Option(help="Folder for a page, a plot and the figures of each study.")] = Path("docs/studies"),
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    inner: Annotated[Literal["inductor", "eager"], typer.Option(help="Compiler of the rewritten graphs.")] = "eager",
+) -> None:
+    """Answer a question about methods with a table, a plot and JSON."""
+    started, chosen = time.monotonic(), list(STUDIES) if name == "all" else listed(name, tuple(STUDIES), "NAME")
+    tokens = tuple(numbers(lengths, "--lengths")) if lengths else ()
+    lm, tokenizer = load(model, device, dtype)
+    torch.manual_seed(seed)
+    dtype_name = str(lm.dtype).removeprefix("torch.")
+    about = {**provenance(lm.device), "model": title(model), "dtype": dtype_name, "prompts": prompts, "seed": seed}
+    for i, chosen_name in enumerate(chosen):
+        question = STUDIES[chosen_name]
+        if question.needs_gpu and lm.device.type != "cuda":
+            console.print(f"{chosen_name}: needs a GPU")
+            continue
+        now, end = time.monotonic(), started + 60 * minutes
+        settings = Settings(prompts, batch, seed, inner, now + (end - now) / (len(chosen) - i), tokens)
+        console.rule(f"{chosen_name}: {question.question}")
+        found = run_study(question, lm, tokenizer, settings, partial(print, flush=True))
+        write_study(chosen_name, question, *found, about, out)
+        console.print(f"{out / chosen_name}.md, .png, .json")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+from .budget import LAYER_BUDGETS
 from .kernels.packing import BLOCK, value_group
-from .policy import KEEP_ALL, LAYER_BUDGETS, POLICIES, Policy, check_policy
+from .policy import KEEP_ALL, POLICIES, Policy, check_policy
 from .rotation import ROTATIONS
 
 MIKV = dict(
@@ -23,6 +24,9 @@ PRESETS: dict[str, dict] = {
     ),
     "mikv": MIKV,
     "mikv4": {**MIKV, "important_bits": 4},
+    "hybrid": dict(policy="key_outlier", heavy=0.5, recent=0.25, important=128),
+    "small": dict(policy="key_outlier", heavy=0.5, recent=0.25, window=32),
+    "tiny": dict(policy="key_outlier", heavy=0.45, recent=0.05, important=32, window=32),
     "lossless": dict(bits=16, rotation="none", sinks=0, important=0, window=0),
 }  # fmt: skip
 
@@ -82,8 +86,8 @@ class MiniKVConfig:
     blocks of 128 tokens. (MiniKV's residual length, 128.)"""
     policy: str = "keep_all"
     """Which prompt tokens are kept: "keep_all", or the name of a `Policy` (policy.py): "heavy_hitter" (MiniKV, H2O),
-    "observation_window" (SnapKV), "recent" (StreamingLLM), "key_norm", "key_outlier", "random"; or a `Policy` object of your
-    own."""
+    "q_hitter", "observation_window" (SnapKV), "recent" (StreamingLLM), "key_norm", "key_outlier", "random"; or a `Policy`
+    object of your own."""
     observed: int = 64
     """Newest prompt queries whose attention "observation_window" looks at, in tokens (SnapKV section 4)."""
     pool: int = 7
@@ -94,11 +98,15 @@ class MiniKVConfig:
     """Recent budget, the same in every layer: newest prompt tokens that the policy keeps and packs like the heavy
     hitters. A float is a share of the prompt, an int is tokens."""
     layer_budget: str | tuple[float, ...] = "uniform"
-    """How the heavy budget is spread over layers: "uniform", "pyramid" (MiniKV section 3.2), or each layer's share,
-    relative to the others'."""
-    pyramid_depth: float = 7.0
-    """Pyramid: the last layer's heavy budget is the mean divided by this; the first layer's makes the mean come out
-    (MiniKV's delta; 1 is uniform)."""
+    """How the heavy budget is spread over layers: "uniform", "pyramid" (MiniKV section 3.2), "pyramidkv" (arXiv
+    2406.02069), each layer's share, relative to the others'; or "coverage", measured from the prompt: each layer keeps the
+    fewest tokens that hold the share `coverage` of its scores in each KV head, at most `heavy`."""
+    pyramid_depth: float | None = None
+    """Pyramids: the last layer's heavy budget is the mean divided by this; the first layer's makes the mean come out
+    (1 is uniform). None is the paper's: 7 for "pyramid" (MiniKV's delta), 20 for "pyramidkv" (its beta)."""
+    coverage: float = 0.95
+    """What the layer budget "coverage" covers: the share of the sum of a layer's scores that its heavy hitters hold, in
+    (0, 1]. Sinks and recent tokens, which are kept in any case, do not count."""
     skip_layers: tuple[int, ...] = ()
     """Layers whose cache stays the model's own, uncompressed: indices of attention sites in execution order;
     negative ones count from the last."""
@@ -174,7 +182,11 @@ class MiniKVConfig:
             "layer_budget", f"one of {', '.join(LAYER_BUDGETS)}, or each layer's share",
         )  # fmt: skip
         depth = self.pyramid_depth
-        check(type(depth) in (int, float) and 1 <= depth < math.inf, "pyramid_depth", "a finite number, at least 1")
+        check(
+            depth is None or type(depth) in (int, float) and 1 <= depth < math.inf,
+            "pyramid_depth", "a finite number, at least 1, or None",
+        )  # fmt: skip
+        check(type(self.coverage) in (int, float) and 0 < self.coverage <= 1, "coverage", "a share in (0, 1]")
         check(
             all(isinstance(layer, int) and not isinstance(layer, bool) for layer in self.skip_layers),
             "skip_layers", "a tuple of layer indices",
@@ -204,6 +216,10 @@ class MiniKVConfig:
         - `mikv`: MiKV's (section 4): 20% of the prompt, heavy hitters and the newest, at 16 bits, the rest at 2, in groups of
           half a head along channels, balanced; nothing dropped. 32.5% of dense (head_dim 128), 35% (64).
         - `mikv4`: the same with heavy hitters at 4 bits. 18% of dense (head_dim 128), 21% (64), and the newest tokens.
+        - `hybrid`: drops a quarter of the prompt, packs most of the rest at 2 bits, and holds the 128 furthest outliers of
+          each KV head unquantized. About 15% at 8K.
+        - `small`: `default` without a quarter of the prompt, and with a smaller window. About 14% at 8K.
+        - `tiny`: half of the prompt. About 10% at 8K. Facts stay, text suffers (docs/evaluation.md).
         - `lossless`: everything in the model's dtype: the rewriting without the compression.
 
         Raises:

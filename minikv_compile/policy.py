@@ -5,7 +5,7 @@ A policy of your own is a `Policy` with a `score`; `MiniKVConfig(policy=Mine())`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -13,74 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .budget import heavy_budget, in_tokens
 from .kernels.important import NO_TOKEN, distance_from_mean
 from .kernels.packing import BLOCK
 from .kernels.select import highest
 
 if TYPE_CHECKING:
     from .config import MiniKVConfig
-
-
-def uniform(depth: float, layers: int) -> list[float]:
-    """Every layer the same budget."""
-    return [1.0] * layers
-
-
-def pyramid(depth: float, layers: int) -> list[float]:
-    """MiniKV's pyramid (section 3.2): relative budgets from `2 - 1 / depth` in the first layer down to `1 / depth` in
-    the last, linear between, mean 1. (PyramidKV, arXiv 2406.02069, is the same with its beta, 20, as the depth.)"""
-    last = 1 / depth
-    first = 2 - last
-    return [first + (last - first) * i / max(layers - 1, 1) if layers > 1 else 1.0 for i in range(layers)]
-
-
-LAYER_BUDGETS: dict[str, Callable[[float, int], list[float]]] = {"uniform": uniform, "pyramid": pyramid}
-
-
-def in_tokens(amount: float | int, length: int) -> int:
-    """A budget in tokens: a float is a share of `length`."""
-    return min(round(amount * length) if isinstance(amount, float) else amount, length)
-
-
-def layer_budgets(total: int, shares: Sequence[float], limit: int) -> list[int]:
-    """Split `total` tokens over layers in proportion to `shares`, at most `limit` each.
-
-    The sum is exactly `min(total, limit * layers)`: no token is lost to rounding, and what a saturated layer cannot
-    use goes to the others, in proportion.
-    """
-    layers = len(shares)
-    total = min(total, limit * layers)
-    exact, open_layers = [0.0] * layers, set(range(layers))
-    while open_layers:
-        left = total - limit * (layers - len(open_layers))
-        weight = sum(shares[i] for i in open_layers)
-        for i in open_layers:
-            exact[i] = left * (shares[i] / weight if weight > 0 else 1 / len(open_layers))
-        saturated = {i for i in open_layers if exact[i] >= limit}
-        if not saturated:
-            break
-        for i in saturated:
-            exact[i] = limit
-        open_layers -= saturated
-    budgets = [int(value) for value in exact]
-    # Largest remainders first; earlier layers win ties, so that a pyramid stays monotone.
-    order = sorted(range(layers), key=lambda i: (budgets[i] - exact[i], i))
-    for i in order[: total - sum(budgets)]:
-        budgets[i] += 1
-    return budgets
-
-
-def layer_shares(config: MiniKVConfig, layers: int) -> Sequence[float]:
-    """Each layer's budget relative to the others'.
-
-    Raises:
-        ValueError: an explicit list for another number of layers.
-    """
-    if isinstance(config.layer_budget, str):
-        return LAYER_BUDGETS[config.layer_budget](config.pyramid_depth, layers)
-    if len(config.layer_budget) != layers:
-        raise ValueError(f"MiniKVConfig.layer_budget has {len(config.layer_budget)} shares, the model {layers} layers.")
-    return config.layer_budget
 
 
 @dataclass(frozen=True)
@@ -130,6 +69,34 @@ class HeavyHitter(Policy):
 
     def score(self, prompt: Prompt, config: MiniKVConfig) -> Tensor:
         return prompt.attention
+
+
+class QHitter(Policy):
+    """Heavy hitters that also quantize well (Q-Hitter, MLSys 2024): half cumulative attention, half how narrow the ranges
+    of the token's key and value are, each from 0 to 1 in its head; a few tokens count for their attention alone."""
+
+    name, observes = "q_hitter", "all"
+    weight: ClassVar[float] = 0.5
+    """Of attention."""
+    surest: ClassVar[float] = 0.07
+    """The share of the tokens that attention alone chooses, as in the paper's code."""
+
+    def score(self, prompt: Prompt, config: MiniKVConfig) -> Tensor:
+        attention = _from_0_to_1(prompt.attention)
+        friendly = 1 - (_from_0_to_1(_disparity(prompt.keys)) + _from_0_to_1(_disparity(prompt.values))) / 2
+        score = self.weight * attention + (1 - self.weight) * friendly
+        surest = attention.topk(round(self.surest * prompt.n), dim=-1).indices
+        return score.scatter_add(1, surest, torch.ones_like(score))
+
+
+def _disparity(x: Tensor) -> Tensor:
+    """The range of each token's numbers, to which its quantization error is proportional: fp32 [kv_heads, n]."""
+    return (x.amax(-1) - x.amin(-1)).float().nan_to_num(0.0, 0.0, 0.0)
+
+
+def _from_0_to_1(x: Tensor) -> Tensor:
+    low, high = x.aminmax(dim=-1, keepdim=True)
+    return (x - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 class ObservationWindow(Policy):
@@ -184,14 +151,12 @@ class Random(Policy):
 
 
 KEEP_ALL = "keep_all"
+OURS = (HeavyHitter(), QHitter(), ObservationWindow(), Recent(), KeyNorm(), KeyOutlier(), Random())
 POLICIES: dict[str, Policy | None] = {
     KEEP_ALL: None,
-    **{policy.name: policy for policy in (HeavyHitter(), ObservationWindow(), Recent(), KeyNorm(), KeyOutlier(), Random())},
+    **{policy.name: policy for policy in OURS},
 }
 """By name; None keeps all."""
-OURS = tuple(POLICIES.values())
-
-
 OBSERVES = ("nothing", "all", "last")
 
 
@@ -230,9 +195,8 @@ def within_budget(scores: Tensor, length: int, layer: int, layers: int, config: 
     """
     recent = in_tokens(config.recent, length)
     sinks = min(config.sinks, length - recent)
-    limit = length - recent - sinks
-    heavy = layer_budgets(in_tokens(config.heavy, length) * layers, layer_shares(config, layers), limit)[layer]
-    chosen = highest(scores[:, sinks : length - recent], heavy) + sinks
+    among = scores[:, sinks : length - recent]
+    chosen = highest(among, heavy_budget(among, length, layer, layers, config)) + sinks
     position = torch.arange(length, device=scores.device).expand(scores.shape[0], -1)
     return torch.cat([position[:, :sinks], chosen, position[:, length - recent :]], -1)
 

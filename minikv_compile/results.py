@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import NormalDist, fmean
 from typing import Any
@@ -42,6 +42,18 @@ class Cell:
         """What `--json` writes."""
         figures = {name: value for name, value in asdict(self).items() if value is not None}
         return figures | {"interval_95": list(self.interval)}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A method that could not run."""
+
+    method: str
+    reason: str
+
+    def figures(self) -> dict[str, Any]:
+        """What `--json` writes."""
+        return asdict(self)
 
 
 def wilson(mean: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -99,6 +111,73 @@ def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
         if not front or y > front[-1][1]:
             front.append((x, y))
     return front
+
+
+def read_cells(figures: dict[str, Any]) -> list[Cell]:
+    """The cells of what `--json` wrote."""
+    names = {field.name for field in fields(Cell)}
+    return [Cell(**{name: value for name, value in cell.items() if name in names}) for cell in figures["cells"]]
+
+
+def beside(
+    cells: list[Cell], is_other: Callable[[str], bool], low: float = 0.06, high: float = 0.35
+) -> Iterator[tuple[str, ...]]:
+    """Each method of others that takes between `low` and `high` of the dense bytes, beside the best of ours that takes no
+    more bytes than it.
+
+    Yields:
+        tokens, place of the question ("text" for bits per byte), the other's method, its bytes in percent, its mean over
+        the tasks (percent of scores, or bits per byte), ours with the same three, and how far ours is ahead (negative:
+        behind). Only tasks that both were asked count.
+    """
+    panels = sorted({(c.length, c.place, c.bits_per_byte is None) for c in cells})
+    for length, place, scored in panels:
+        mine = [c for c in cells if (c.length, c.place, c.bits_per_byte is None) == (length, place, scored)]
+        for row in _beside(mine, scored, is_other, low, high):
+            yield (f"{length:,}", place if scored else "text", *row)
+
+
+def _beside(
+    cells: list[Cell], scored: bool, is_other: Callable[[str], bool], low: float, high: float
+) -> Iterator[tuple[str, ...]]:
+    """`beside` for one length and place, without these."""
+    tasks: dict[str, dict[str, Cell]] = {}
+    for cell in cells:
+        tasks.setdefault(cell.method, {})[cell.task] = cell
+    share = {method: fmean(c.share_of_dense_bytes for c in by_task.values()) for method, by_task in tasks.items()}
+
+    def worth(method: str, among: Iterable[str]) -> float:
+        """More is better."""
+        return fmean(100 * c.score if scored else -c.bits_per_byte for c in (tasks[method][task] for task in among))
+
+    def shown(value: float, sign: str = "") -> str:
+        return f"{value:{sign}.{1 if scored else 3}f}"
+
+    for other in sorted((m for m in tasks if is_other(m) and low <= share[m] <= high), key=share.__getitem__):
+        asked = tasks[other].keys()
+        theirs = worth(other, asked)
+        row = other, f"{share[other]:.1%}", shown(abs(theirs))
+        ours = {
+            m: worth(m, asked) for m in tasks if not is_other(m) and share[m] <= share[other] and tasks[m].keys() >= asked
+        }
+        if ours:
+            best = max(ours, key=ours.__getitem__)
+            yield (*row, best, f"{share[best]:.1%}", shown(abs(ours[best])), shown(ours[best] - theirs, "+"))
+        else:
+            yield (*row, "none so small", "", "", "")
+
+
+BESIDE = ("tokens", "question", "other", "bytes", "score", "ours", "bytes", "score", "ours ahead by")
+"""What `beside` yields."""
+
+
+def beside_table(rows: Iterable[tuple[str, ...]]) -> Table:
+    table = Table(title="Others, and the best of ours at no more bytes (text: bits per byte)", show_lines=False)
+    for name in BESIDE:
+        table.add_column(name, justify="left" if name in ("question", "other", "ours") else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def draw_pareto(cells: list[Cell], path: Path) -> None:

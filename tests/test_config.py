@@ -6,6 +6,7 @@ import math
 import pytest
 
 from minikv_compile import ConfigError, MiniKVConfig
+from minikv_compile.config import PRESETS
 
 WRONG = {
     "bits": [0, 1, 3, 5, 32, 2.0, "2", None],
@@ -26,7 +27,8 @@ WRONG = {
     "heavy": [-0.1, 1.1, -1, math.nan, math.inf, True, "half", None],
     "recent": [-0.1, 1.1, -1, math.nan, False, None],
     "layer_budget": ["cone", (), (-1.0, 2.0), (0, 0), ("1",), None],
-    "pyramid_depth": [0, 0.5, -1, math.nan, "7", None],
+    "pyramid_depth": [0, 0.5, -1, math.nan, "7"],
+    "coverage": [0, 0.0, 1.01, math.nan, "0.9", None],
     "skip_layers": [(1.0,), ("0",), (True,), (None,)],
     "min_prompt": [-1, 2.0, None],
     "strict": [1, "yes", None],
@@ -61,15 +63,15 @@ def test_presets():
     assert not MiniKVConfig().drops and not MiniKVConfig.preset("lossless").drops
     paper = MiniKVConfig.preset("minikv")
     assert (paper.bits, paper.group, paper.rotation, paper.heavy, paper.recent) == (2, 16, "none", 0.25, 0.25)
-    assert (paper.layer_budget, paper.pyramid_depth, paper.room, paper.drops) == ("pyramid", 7.0, 128, True)
+    assert (paper.layer_budget, paper.pyramid_depth, paper.room, paper.drops) == ("pyramid", None, 128, True)
     assert MiniKVConfig.preset("minikv", heavy=64).heavy == 64
-    with pytest.raises(ConfigError, match=r"preset\('best'\): must be one of default, minikv, mikv, mikv4, lossless"):
+    with pytest.raises(ConfigError, match=r"preset\('best'\): must be one of default, minikv, mikv, mikv4, hybrid, small, tiny, lossless"):
         MiniKVConfig.preset("best")
     with pytest.raises(ConfigError, match="group"):
         MiniKVConfig.preset("minikv", group=7)
 
 
-@pytest.mark.parametrize("preset", ["default", "minikv", "lossless"])
+@pytest.mark.parametrize("preset", list(PRESETS))
 def test_json_round_trip(preset):
     config = MiniKVConfig.preset(preset, skip_layers=(0, -1), min_prompt=9)
     again = MiniKVConfig.from_json(config.to_json())
@@ -101,7 +103,7 @@ def test_repr_and_differences_name_what_differs():
     assert MiniKVConfig(bits=4, window=0).differences(MiniKVConfig()) == "bits: 4 / 2, window: 0 / 64"
 
 
-@pytest.mark.parametrize("preset, share", [("default", 0.140625), ("minikv", 0.125), ("lossless", 1.0)])
+@pytest.mark.parametrize("preset, share", [("default", 0.140625), ("small", 0.10546875), ("minikv", 0.125), ("lossless", 1.0)])
 def test_share_of_dense(preset, share):
     """2 bits and 32 bits of metadata per group, of half the tokens in `minikv`."""
     assert MiniKVConfig.preset(preset).share_of_dense == share

@@ -25,6 +25,7 @@ from minikv_compile.evaluate import (
     make_group,
     record_groups,
     run_methods,
+    running,
 )  # fmt: skip
 from minikv_compile.haystack import held_out_ids, source_text
 from minikv_compile.measure import parse_method
@@ -287,7 +288,8 @@ def test_without_compression_every_score_is_the_full_caches(model):
 @torch.no_grad()
 def test_the_bits_of_a_text_are_the_models(model):
     ids = torch.tensor([held_out_ids(OTHER, 300, seed=1)])
-    text, report = continue_text(model, model.forward, ids, 200, OTHER)
+    with running(model, "full", "eager") as runner:
+        text, report = continue_text(runner, ids, 200, OTHER)
     logits = model(ids).logits[0, 200:-1].log_softmax(-1)
     nats = -logits.gather(-1, ids[0, 201:, None]).sum().item()
     assert text.bits == pytest.approx(nats / math.log(2), rel=1e-5)

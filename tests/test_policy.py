@@ -1,84 +1,21 @@
 """Which tokens a layer keeps."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minikv_compile import MiniKVBackend, MiniKVConfig, cache_report
-from minikv_compile.ops import take_tokens
-from minikv_compile.policy import (
-    POLICIES,
-    Policy,
-    Prompt,
-    important_tokens,
-    in_tokens,
-    layer_budgets,
-    pyramid,
-    select,
-    uniform,
-    within_budget,
-)
+from minikv_compile.budget import in_tokens
+from minikv_compile.ops import align_rows, compress_prompt, dequantize, fields, kept_mask, take_tokens
+from minikv_compile.policy import POLICIES, Policy, Prompt, important_tokens, select, within_budget
 
 from .helpers import compiled, greedy, make_backend, prompt, tiny
 
-SHARES = st.one_of(
-    st.builds(pyramid, st.floats(1, 50), st.integers(1, 40)),
-    st.builds(uniform, st.just(7.0), st.integers(1, 40)),
-    st.lists(st.floats(0, 5), min_size=1, max_size=12),
-)
-
-
-@given(total=st.integers(0, 5000), shares=SHARES, limit=st.integers(0, 400))
-def test_layer_budgets_are_exact(total, shares, limit):
-    budgets = layer_budgets(total, shares, limit)
-    assert len(budgets) == len(shares)
-    assert sum(budgets) == min(total, limit * len(shares))
-    assert all(0 <= b <= limit for b in budgets)
-
-
-@given(total=st.integers(0, 5000), depth=st.floats(1, 50), layers=st.integers(1, 40), limit=st.integers(0, 400))
-def test_a_pyramid_never_grows_upwards(total, depth, layers, limit):
-    budgets = layer_budgets(total, pyramid(depth, layers), limit)
-    assert budgets == sorted(budgets, reverse=True)
-
-
-@given(depth=st.floats(1, 50), layers=st.integers(2, 40), mean=st.integers(100, 1000))
-def test_a_pyramid_without_limit_is_the_papers(depth, layers, mean):
-    """Last layer h / delta, first 2h - h / delta, linear between, mean h: each within one token."""
-    budgets = layer_budgets(mean * layers, pyramid(depth, layers), 10**6)
-    first, last = 2 * mean - mean / depth, mean / depth
-    for i, budget in enumerate(budgets):
-        assert abs(budget - (first + (last - first) * i / (layers - 1))) <= 1
-
-
-@given(shares=SHARES, limit=st.integers(10, 400), fill=st.floats(0, 1))
-def test_what_saturated_layers_cannot_use_goes_to_the_others(shares, limit, fill):
-    total = round(fill * limit * len(shares))
-    budgets = layer_budgets(total, shares, limit)
-    open_layers = [i for i, b in enumerate(budgets) if b < limit]
-    if sum(shares[i] for i in open_layers) == 0:
-        return
-    # The others divide what is left in proportion.
-    left = total - limit * (len(shares) - len(open_layers))
-    weight = sum(shares[i] for i in open_layers)
-    for i in open_layers:
-        # A layer that reaches the limit by rounding moves the others by less than a token each.
-        assert abs(budgets[i] - left * shares[i] / weight) <= len(shares)
-    assert sum(budgets) == total
-
-
-def test_surplus_by_hand():
-    assert layer_budgets(300, [1.8, 1.0, 0.2], 100) == [100, 100, 100]
-    assert layer_budgets(200, [3.0, 1.0, 1.0], 100) == [100, 50, 50]
-    assert layer_budgets(10, [1.0, 1.0, 1.0], 100) == [4, 3, 3]
-
-
-@pytest.mark.parametrize("amount, tokens", [(0.25, 250), (0.0, 0), (1.0, 1000), (1, 1), (250, 250), (5000, 1000)])
-def test_a_float_is_a_share_and_an_int_is_tokens(amount, tokens):
-    assert in_tokens(amount, 1000) == tokens
-
-
+EXAMPLES = Path(__file__).parent.parent / "examples"
 budget = st.one_of(st.floats(0, 1), st.integers(0, 150))
 
 
@@ -87,7 +24,7 @@ def selections(draw):
     length, padding = draw(st.integers(1, 120)), draw(st.integers(0, 20))
     config = MiniKVConfig(
         policy="heavy_hitter", heavy=draw(budget), recent=draw(budget), sinks=draw(st.integers(0, 8)),
-        layer_budget=draw(st.sampled_from(["uniform", "pyramid"])), pyramid_depth=draw(st.floats(1, 10)),
+        layer_budget=draw(st.sampled_from(["uniform", "pyramid", "pyramidkv"])), pyramid_depth=draw(st.floats(1, 10)),
     )  # fmt: skip
     layers = draw(st.integers(1, 6))
     heads = draw(st.integers(1, 4))
@@ -183,6 +120,24 @@ def test_observation_window_sees_what_the_last_queries_ask_for():
     prompt_ = Prompt(9, 0, torch.tensor([[0.0, 0, 0, 5, 0, 0, 0, 1, 0]]), torch.zeros(1, 9, 4), torch.zeros(1, 9, 4), None)
     score = POLICIES["observation_window"].score(prompt_, MiniKVConfig(pool=3))
     assert score.tolist() == [[0, 0, 5, 5, 5, 0, 1, 1, 1]]
+
+
+def test_q_hitters_get_attention_and_quantize_well():
+    """Of tokens with as much attention those of narrow ranges; the surest heavy hitters whatever their ranges are."""
+    n = 100
+    attention = torch.ones(2, n)
+    attention[:, :7] = torch.arange(20.0, 13.0, -1)  # 7%
+    attention[:, 50] = 0.5
+    keys, values = torch.ones(2, n, 4), torch.ones(2, n, 4)
+    keys[:, :, 0] = values[:, :, 0] = 5.0
+    keys[:, 20:40, 0] = values[:, 20:40, 0] = 1.5  # narrow
+    keys[:, :7, 0] = 9.0
+    score = POLICIES["q_hitter"].score(Prompt(n, 0, attention, keys, values, None), MiniKVConfig())
+    assert score.shape == (2, n) and (score >= 0).all()
+    order = score.argsort(dim=-1, descending=True)
+    assert (order[:, :7].sort().values == torch.arange(7)).all()
+    assert (order[:, 7:27].sort().values == torch.arange(20, 40)).all()
+    assert (order[:, -1] == 50).all()
 
 
 def test_random_differs_by_layer_not_by_run():
@@ -282,3 +237,61 @@ def test_a_layer_keeps_a_token_at_least():
     config = MiniKVConfig.preset("minikv", recent=0.0, layer_budget=(1.0, 0.0))
     (kept,) = select([Prompt(300, 1, torch.rand(2, 300), *torch.randn(2, 2, 300, 16), None)], 1, 2, config)
     assert kept.tolist() == [[299], [299]]
+
+
+@st.composite
+def prompts_and_configs(draw):
+    window, important = draw(st.integers(0, 40)), draw(st.integers(0, 40))
+    config = MiniKVConfig(
+        policy=draw(st.sampled_from(["keep_all", *EVICTING])), heavy=draw(st.floats(0, 1)), recent=draw(st.floats(0, 0.5)),
+        sinks=draw(st.integers(0, 5)), important=important, window=window, group=draw(st.sampled_from([16, 128])),
+        importance=draw(st.sampled_from(["key_outlier", "random"])), coverage=draw(st.floats(0.1, 1)),
+        layer_budget=draw(st.sampled_from(["uniform", "pyramid", "pyramidkv", "coverage"])),
+    )  # fmt: skip
+    return config, draw(st.integers(1, 700)), draw(st.integers(0, 300)), draw(st.integers(0, 99))
+
+
+@given(prompts_and_configs())
+@settings(deadline=None, max_examples=60)
+def test_each_valid_token_is_in_one_tier_or_dropped(case):
+    """Unquantized tokens read back exactly, packed ones nearly, dropped ones as zeros: so each token tells where it is."""
+    config, n, padding, seed = case
+    torch.manual_seed(seed)
+    seq, layer, layers = n + padding, 1, 3
+    k, v, scores = torch.randn(2, 2, seq, 16), torch.randn(2, 2, seq, 16), torch.rand(2, 2, seq)
+    valid = torch.ones(2, seq, dtype=torch.bool)
+    valid[1, :padding] = False
+    order, lengths = align_rows(valid)
+    text, names = config.to_json(), fields(config, True)
+    made = compress_prompt(k, v, scores, order, lengths, layer, layers, text)
+    for role, x, part in (("key", k, made[: len(names)]), ("value", v, made[len(names) :])):
+        held = dict(zip(names, part, strict=True))
+        parts = ("codes", "scale", "zero", "dense", "state", "important", "kept")
+        back = dequantize(*(held.get(name) for name in parts), seq, role, text)
+        kept = kept_mask(held["kept"], held["state"], seq)
+        zero, exact = (back == 0).all(-1), (back == x).all(-1)
+        packed = kept & ~exact
+        in_tier, offset = held["state"][:, 2, None], held["state"][:, 0, None]
+        assert torch.equal(zero, ~kept) and not (kept & ~valid[:, None]).any()
+        assert torch.equal(packed.sum(-1), in_tier.expand(-1, 2))
+        assert torch.equal((kept & exact).sum(-1), (seq - offset).expand(-1, 2))
+        assert (kept.sum(-1) > 0).all()
+        if not config.drops:
+            assert torch.equal(kept, valid[:, None].expand(-1, 2, -1))
+        if in_tier.min() > 0 and config.pins:
+            assert exact.gather(2, order[:, None].expand(-1, 2, -1).gather(2, held_places(kept, order, held["important"]))).all()
+
+
+def held_places(kept, order, important):
+    """Important tokens are named by their places among the kept ones, here by those among the valid tokens."""
+    ranks = kept.gather(2, order[:, None].expand(-1, 2, -1)).cumsum(-1)
+    return torch.searchsorted(ranks, important.long() + 1)
+
+
+def test_the_example_of_a_policy_runs(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    try:
+        runpy.run_path(str(EXAMPLES / "custom_policy.py"))["main"](length=1024)
+    finally:
+        POLICIES.pop("unusual", None)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["unusual", "key_outlier", "random"]

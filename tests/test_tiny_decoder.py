@@ -1,5 +1,6 @@
 """The shipped decoder: trained weights, real text, its own tokenizer."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,9 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from minikv_compile import MiniKVConfig
+from minikv_compile.budget import in_tokens
+from minikv_compile.config import PRESETS
+from minikv_compile.evaluate import ask_inside, feed, running
 from minikv_compile.tasks import make_sample
 
-from .helpers import all_compressed, compiled, greedy, kinds, make_backend
+from .helpers import VOCAB, all_compressed, compiled, greedy, kinds, make_backend, tiny
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny_decoder"
 
@@ -48,6 +53,34 @@ def test_default_finds_what_the_full_cache_finds(decoder, tokenizer, task):
     answers = tokenizer.batch_decode(out.sequences[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     assert all_compressed(out.past_key_values)
     assert all(sample.score(answer) == 1 for sample, answer in zip(samples, answers, strict=True)), answers
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_every_preset_runs(decoder, tokenizer, preset):
+    """On the shipped decoder and on a random Qwen3: the budget is kept, and nothing is left alone."""
+    config = MiniKVConfig.preset(preset)
+    ids = tokenizer(make_sample("single", 800, 0, tokenizer).prompt, return_tensors="pt").input_ids[:, :700]
+    for model, tokens in ((decoder, ids), (tiny("qwen3"), ids % (VOCAB - 1) + 1)):
+        backend = make_backend(preset)
+        cache = greedy(compiled(model, backend), tokens, 3).past_key_values
+        assert all_compressed(cache) and {kind for graph in kinds(backend) for kind in graph} == {"prefill", "decode"}
+        kept = [int(layer.keys.kept_mask()[0, 0, :700].sum()) for layer in cache.layers]
+        heavy, recent = (in_tokens(amount, 700) for amount in (config.heavy, config.recent))
+        assert sum(kept) == len(kept) * (min(heavy + recent + config.sinks, 700) if config.drops else 700)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["full", "minikv"])
+def test_fed_answers_are_right_where_greedy_ones_are(decoder, tokenizer, method):
+    """Some are wrong with `minikv`: they are the same ones."""
+    samples = [make_sample("single", 700, seed, tokenizer) for seed in range(4)]
+    for i, sample in enumerate(samples):  # the lines that `feed` would put before it
+        missing = -len(tokenizer(sample.prompt + sample.question).input_ids) % 8
+        samples[i] = dataclasses.replace(sample, prompt="\n" * missing + sample.prompt)
+    with running(decoder, method, "eager") as runner:
+        fed = [s.score(feed(decoder, runner, tokenizer, [s], "inside")[0][0]) for s in samples]
+        greedy_ones = [s.score(ask_inside(decoder, tokenizer, [s])[0][0]) for s in samples]
+    assert fed == greedy_ones and (method == "minikv" or set(fed) == {1.0})
 
 
 def test_the_training_script_runs(tmp_path):
