@@ -51,13 +51,13 @@ def table_of(keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]
 
 @triton.jit(do_not_specialize=["n", "batch"])
 def _count_kernel(
-    TABLE, PLAN, SEEN, n, capacity, pinned, window, blocks, batch,
+    TABLE, PLAN, SEEN, FITS, n, capacity, pinned, window, blocks, batch, tier_blocks,
     FIELDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS rows of one layer's keys or values. It counts `n` more tokens, and what will leave, in the state.
 
     PLAN int32 [2 * layers, 3, batch]: as of `flush.plan`. SEEN int32 [2 * layers, batch, capacity]: zeros where a row
-    flushes.
+    flushes. FITS bool, of each program: whether the tiers, of `tier_blocks`, have room for what will leave.
     """
     layer = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -72,6 +72,8 @@ def _count_kernel(
     tl.store(plan + 2 * batch, in_dense, mask=real)
     tl.store(state, gone - in_dense - n, mask=real)
     tl.store(state + 2, in_tier + gone, mask=real)
+    fits = tl.min((in_tier + gone <= tier_blocks * BLOCK).to(tl.int32), 0) == 1
+    tl.store(FITS + layer * tl.num_programs(1) + tl.program_id(1), fits)
     if tl.max(gone, 0) > 0:
         seen = SEEN + (layer * batch + row) * capacity
         for first in range(0, capacity, BLOCK):
@@ -120,13 +122,16 @@ def _flush_kernel(
 def make_room(
     keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]], n: int, pinned: int, window: int, bits: int,
     groups: tuple[int, int], axes: tuple[GroupAxis, GroupAxis], rotation: Tensor | None, clip: float,
-) -> None:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """Count `n` more tokens in the states of every layer, and flush the rows that could not hold them, in place.
 
     Args:
         keys, values: codes, scale, zero, dense, state of each layer, contiguous and alike, the offset in a state minus the
             tokens of its dense region.
         groups, axes: of the keys and of the values.
+
+    Returns:
+        bools, of which one is False where a tier has no room for what had to leave a dense region: it is lost.
     """
     dense = keys[0][3]
     layers, (batch, heads, capacity, dim) = len(keys), dense.shape
@@ -134,11 +139,12 @@ def make_room(
     plan = torch.empty(2 * layers, 3, batch, dtype=torch.int32, device=device)
     seen = torch.empty(2 * layers, batch, capacity, dtype=torch.int32, device=device)
     rows = min(32, triton.next_power_of_2(batch))
-    _count_kernel[2 * layers, triton.cdiv(batch, rows)](
-        table, plan, seen, n, capacity, pinned, window, (capacity - pinned - window) // BLOCK, batch,
+    codes, scale = keys[0][:2]
+    fits = torch.empty(2 * layers, triton.cdiv(batch, rows), dtype=torch.bool, device=device)
+    _count_kernel[tuple(fits.shape)](
+        table, plan, seen, fits, n, capacity, pinned, window, (capacity - pinned - window) // BLOCK, batch, codes.shape[2],
         FIELDS=FIELDS, ROWS=rows, BLOCK=BLOCK, num_warps=1,
     )  # fmt: skip
-    codes, scale = keys[0][:2]
     tuning, padded = compress_tuning(dense.element_size()), triton.next_power_of_2(dim)
     signs, sizes = (table, table) if rotation is None else _signs(rotation, dense.dtype)
     for i, layout in enumerate(("key", "value")):
@@ -154,6 +160,7 @@ def make_room(
             SLICES=WORD_BITS // bits, OPERAND=operand_dtype(dense.dtype), PRECISION=dot_precision(dense.dtype), PART=PART,
             num_warps=tuning.warps, num_stages=1, maxnreg=tuning.registers,
         )  # fmt: skip
+    return fits
 
 
 def _element(x: Tensor) -> tl.dtype:

@@ -16,7 +16,7 @@ from torch.library import custom_op
 
 from . import compat, ops
 from .config import MiniKVConfig
-from .kernels import attention, room
+from .kernels import attention, flush, room
 from .kernels.packing import BLOCK, metadata_dtype
 from .ops import IN_TIER, OFFSET, READS_HOST, ROLES, grouping, without_autocast
 from .policy import POLICIES
@@ -24,6 +24,8 @@ from .rotation import rotation_matrix
 
 log = logging.getLogger("minikv")
 
+TOO_FEW = "It was made for less than it is asked to store: raise max_new_tokens, or leave it out."
+FULL_TIER = f"MiniKVCache is full: a layer has no room for another block of tokens. {TOO_FEW}"
 VERY_NEGATIVE = -1e4
 """What is added to the logit of a key that is not seen is at most this."""
 
@@ -39,12 +41,14 @@ DENSE, STATE = -2, -1
 
 def allocate(
     config: MiniKVConfig, role: str, batch: int, heads: int, max_length: int, dim: int, dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device, stored: int | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """Zeros for `max_length` tokens, in the order of `names`."""
+    """Zeros for `max_length` tokens, in the order of `names`. `stored`: how many of them are not dropped, at most, if fewer."""
     lead, made = (batch, heads), []
     if config.bits < 16:
-        blocks = max(max_length - config.pinned - config.window, BLOCK) // BLOCK
+        # A prompt of `stored` tokens may be a little shorter than another that keeps one more: a block to spare.
+        tokens = max_length if stored is None else min(max_length, max(stored, config.pinned + config.window) + 2 * BLOCK)
+        blocks = max(tokens - config.pinned - config.window, BLOCK) // BLOCK
         dtypes = torch.int16, metadata_dtype(dtype), metadata_dtype(dtype)
         shapes = ops.tier_shapes(config, role, blocks, dim)
         made = [torch.zeros(*lead, *shape, dtype=t, device=device) for shape, t in zip(shapes, dtypes, strict=True)]
@@ -125,6 +129,8 @@ def store_prompt(
                 tensor[:, OFFSET] -= seq
             else:
                 stored = min(tensor.shape[2], parts[name].shape[2])
+                if name == "codes" and parts[name].shape[2] > max(tensor.shape[2], ops.MIN_BLOCKS):
+                    raise ValueError(f"MiniKVCache, layer {place}: no room for a prompt of {seq} tokens. {TOO_FEW}")
                 tensor[:, :, :stored] = parts[name][:, :, :stored]
     if settings.pins:
         important.copy_(parts["important"])
@@ -172,9 +178,11 @@ def make_room(
     groups, axes = zip(*(grouping(settings, role, dim) for role in ROLES), strict=True)
     rotation = rotation_matrix(settings.rotation, dim, key[0].device)
     torch._foreach_add_(length, n)
-    room.make_room(
+    fits = room.make_room(
         keys, values, n, settings.pinned, settings.window, settings.bits, groups, axes, rotation, settings.clip
     )
+    if settings.drops:  # else there is room for all that a cache may hold
+        require(fits.all(), FULL_TIER)
 
 
 @make_room.register_fake
@@ -197,7 +205,20 @@ def _flush_full(tensors: list[Tensor], n: int, role: str, config: MiniKVConfig) 
     # The host may ask a CPU. On a GPU, programs of the kernel that find nothing to do end at once.
     if not tier or (not dense.is_cuda and not (used(state) + n > capacity).any()):
         return
-    blocks = (capacity - config.pinned - config.window) // BLOCK
+    _flush(tensors, dense, n, capacity, role, config)
+
+
+def _flush(tensors: list[Tensor], dense: Tensor, n: int, capacity: int, role: str, config: MiniKVConfig) -> None:
+    """`ops.flush`, of `dense` in the place of the layer's own.
+
+    Raises:
+        ValueError: no room in the tier. On a GPU, an assertion of the device.
+    """
+    *tier, _, state = tensors
+    blocks = (dense.shape[2] - config.pinned - config.window) // BLOCK
+    if config.drops:
+        leaving = flush.plan_reference(state, 0, n, capacity, config.pinned, config.window, blocks)[0]
+        require((state[:, IN_TIER] + leaving <= tier[0].shape[2] * BLOCK).all(), FULL_TIER)
     ops.flush(*tier, dense, state, 0, n, capacity, blocks, role, config.to_json())
 
 
@@ -282,11 +303,10 @@ def _room(tensors: list[Tensor], n: int, role: str, config: MiniKVConfig) -> Ten
 
 def _settle(tensors: list[Tensor], dense: Tensor, n: int, role: str, config: MiniKVConfig) -> None:
     """Count the `n` tokens that were appended to `dense` (of `_room`), and bring it back to the storage."""
-    *tier, own, state = tensors
+    *_, own, state = tensors
     state[:, OFFSET] -= n
     if dense is not own:
-        blocks = (dense.shape[2] - config.pinned - config.window) // BLOCK
-        ops.flush(*tier, dense, state, 0, 0, own.shape[2], blocks, role, config.to_json())
+        _flush(tensors, dense, 0, own.shape[2], role, config)
         own.copy_(dense[:, :, : own.shape[2]])
 
 

@@ -219,6 +219,24 @@ def _same_fields(a: Policy, b: Policy) -> bool:
         return False
 
 
+def budget(length: int, layer: int, layers: int, config: MiniKVConfig) -> tuple[int, int, int]:
+    """How many sinks, heavy and recent tokens of a prompt of `length` tokens layer number `layer` of `layers` keeps."""
+    recent = in_tokens(config.recent, length)
+    sinks = min(config.sinks, length - recent)
+    limit = length - recent - sinks
+    shares = layer_shares(config, layers)
+    return sinks, layer_budgets(in_tokens(config.heavy, length) * layers, shares, limit)[layer], recent
+
+
+def most_kept(length: int, layer: int, layers: int, config: MiniKVConfig) -> int:
+    """About the most tokens that a layer keeps of any prompt of up to `length`: budgets in tokens saturate at short prompts,
+    where other layers get what is left over. (About: not every length is tried.)"""
+    if not config.drops:
+        return length
+    lengths = [length >> i for i in range(length.bit_length())]
+    return max(sum(budget(n, layer, layers, config)) for n in lengths)
+
+
 def within_budget(scores: Tensor, length: int, layer: int, layers: int, config: MiniKVConfig) -> Tensor:
     """Sinks, the newest `recent` tokens and, of the rest, the `heavy` tokens with the highest scores.
 
@@ -228,10 +246,7 @@ def within_budget(scores: Tensor, length: int, layer: int, layers: int, config: 
     Returns:
         int64 [kv_heads, kept], ascending, below `length`.
     """
-    recent = in_tokens(config.recent, length)
-    sinks = min(config.sinks, length - recent)
-    limit = length - recent - sinks
-    heavy = layer_budgets(in_tokens(config.heavy, length) * layers, layer_shares(config, layers), limit)[layer]
+    sinks, heavy, recent = budget(length, layer, layers, config)
     chosen = highest(scores[:, sinks : length - recent], heavy) + sinks
     position = torch.arange(length, device=scores.device).expand(scores.shape[0], -1)
     return torch.cat([position[:, :sinks], chosen, position[:, length - recent :]], -1)

@@ -37,11 +37,11 @@ def test_like_layer_by_layer(device, preset, dtype, dim):
     for layer in range(3):
         make_room_reference(expected[0][layer], expected[1][layer], length, 1, config)
     axes = [grouping(config, role, dim) for role in ROLES]
-    room.make_room(
+    fits = room.make_room(
         keys, values, 1, config.pinned, config.window, config.bits, *zip(*axes, strict=True),
         rotation_matrix(config.rotation, dim, device), config.clip,
     )  # fmt: skip
-    assert length == 903
+    assert length == 903 and fits.all()
     for held, wanted in zip((keys, values), expected, strict=True):
         for tensors, others in zip(held, wanted, strict=True):
             *tier, dense, state = tensors
@@ -83,3 +83,14 @@ def test_a_table_goes_with_its_storages(device):
     assert room.table_of(keys, values) is table and len(room._tables) == before + 1
     del keys
     assert len(room._tables) == before
+
+
+def test_a_tier_without_room(device):
+    config = MiniKVConfig.preset("minikv")
+    keys, values = layers_of(config, [[10, config.capacity], [10, 10]], 64, torch.float32, device)
+    keys[0][4][1, 2] = keys[0][0].shape[2] * BLOCK
+    fits = room.make_room(
+        keys, values, 1, config.pinned, config.window, config.bits, (config.group, config.value_group(64)),
+        ("token", "channel"), None, config.clip,
+    )  # fmt: skip
+    assert fits.flatten().tolist() == [False, True, True, True]
