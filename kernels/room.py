@@ -52,13 +52,13 @@ def table_of(keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]
 
 @triton.jit(do_not_specialize=["n", "batch"])
 def _count_kernel(
-    TABLE, PLAN, SEEN, n, capacity, room, window, blocks, batch,
+    TABLE, PLAN, SEEN, FITS, n, capacity, room, window, blocks, batch, tier_blocks,
     FIELDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS rows of one layer's keys or values. It counts `n` more tokens, and what will leave, in the state.
 
     PLAN int32 [2 * layers, 4, batch]: as of `flush.plan`. SEEN int32 [2 * layers, batch, capacity]: zeros where a row
-    flushes.
+    flushes. FITS bool, of each program: whether the tiers, of `tier_blocks`, have room for what will leave.
     """
     layer = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -75,6 +75,8 @@ def _count_kernel(
     tl.store(plan + 3 * batch, pinned, mask=real)
     tl.store(state, gone - in_dense - n, mask=real)
     tl.store(state + 2, in_tier + gone, mask=real)
+    fits = tl.min((in_tier + gone <= tier_blocks * BLOCK).to(tl.int32), 0) == 1
+    tl.store(FITS + layer * tl.num_programs(1) + tl.program_id(1), fits)
     if tl.max(gone, 0) > 0:
         seen = SEEN + (layer * batch + row) * capacity
         for first in range(0, capacity, BLOCK):
@@ -87,11 +89,12 @@ def _count_kernel(
 def _flush_kernel(
     TABLE, PLAN, SEEN, SIGNS, SIZES, batch, first_layer, capacity, blocks, inset,
     FIELDS: tl.constexpr, VALUE: tl.constexpr, META: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, CHUNKS: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    DP: tl.constexpr, CHANNEL: tl.constexpr, CHANNELS: tl.constexpr, LAST: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     TOKEN_AXIS: tl.constexpr, KEY_LAYOUT: tl.constexpr, ROTATE: tl.constexpr, BALANCE: tl.constexpr, LIMIT: tl.constexpr,
     BLOCK: tl.constexpr, SLICES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """One program: one head of one row of one layer. `blocks`: capacity of the tiers. CHUNKS: (first channel, channels)."""
+    """One program: one head of one row of one layer, CHANNELS of its channels from CHANNEL on. What is left of the dense region
+    moves up after the LAST ones. `blocks`: capacity of the tiers."""
     layer = first_layer + tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
     row = tl.program_id(1).to(tl.int64)
@@ -109,22 +112,22 @@ def _flush_kernel(
         for source in range(0, gone // BLOCK):
             filled = source >= 0
             written = first_block + source < blocks
-            for i in tl.static_range(len(CHUNKS)):
-                pack_block(
-                    dense, dense, balancer, SIGNS, SIZES, codes, scale, zero, SEEN + layer * batch * capacity, state + 1,
-                    source, first_block + source, head, CHUNKS[i][0], row, filled, written, HEADS * capacity * D, capacity * D,
-                    D, STATE_COLUMNS, capacity, pinned, 0, blocks, inset, HEADS, D, DP, CHUNKS[i][1], STEP, BITS, GROUP,
-                    TOKEN_AXIS, KEY_LAYOUT, False, ROTATE, BALANCE, True, LIMIT, BLOCK, SLICES, OPERAND, PRECISION,
-                )  # fmt: skip
-        tl.debug_barrier()  # nothing moves before all threads have read
-        base = dense + (row * HEADS + head) * capacity * D
-        move_head_up(base, gone, tl.load(plan + 2 * batch), pinned, D, DP, BLOCK, PART)
+            pack_block(
+                dense, dense, balancer, SIGNS, SIZES, codes, scale, zero, SEEN + layer * batch * capacity, state + 1,
+                source, first_block + source, head, CHANNEL, row, filled, written, HEADS * capacity * D, capacity * D,
+                D, STATE_COLUMNS, capacity, pinned, 0, blocks, inset, HEADS, D, DP, CHANNELS, STEP, BITS, GROUP,
+                TOKEN_AXIS, KEY_LAYOUT, False, ROTATE, BALANCE, True, LIMIT, BLOCK, SLICES, OPERAND, PRECISION,
+            )  # fmt: skip
+        if LAST:
+            tl.debug_barrier()  # nothing moves before all threads have read
+            base = dense + (row * HEADS + head) * capacity * D
+            move_head_up(base, gone, tl.load(plan + 2 * batch), pinned, D, DP, BLOCK, PART)
 
 
 def make_room(
     keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]], n: int, room: int, window: int, bits: int,
     groups: tuple[int, int], axes: tuple[GroupAxis, GroupAxis], rotation: Tensor | None, balanced: bool, clip: float,
-) -> None:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """Count `n` more tokens in the states of every layer, and flush the rows that could not hold them, in place.
 
     Args:
@@ -132,6 +135,9 @@ def make_room(
             state minus the tokens of its dense region. Where not `balanced`, and for values, the last is anything.
         room: tokens of a dense region behind the pinned ones.
         groups, axes: of the keys and of the values.
+
+    Returns:
+        bools, of which one is False where a tier has no room for what had to leave a dense region: it is lost.
     """
     dense = keys[0][3]
     layers, (batch, heads, capacity, dim) = len(keys), dense.shape
@@ -139,26 +145,31 @@ def make_room(
     plan = torch.empty(2 * layers, 4, batch, dtype=torch.int32, device=device)
     seen = torch.empty(2 * layers, batch, capacity, dtype=torch.int32, device=device)
     rows = min(32, triton.next_power_of_2(batch))
-    _count_kernel[2 * layers, triton.cdiv(batch, rows)](
-        table, plan, seen, n, capacity, room, window, (room - window) // BLOCK, batch,
+    codes, scale = keys[0][:2]
+    fits = torch.empty(2 * layers, triton.cdiv(batch, rows), dtype=torch.bool, device=device)
+    _count_kernel[tuple(fits.shape)](
+        table, plan, seen, fits, n, capacity, room, window, (room - window) // BLOCK, batch, codes.shape[2],
         FIELDS=FIELDS, ROWS=rows, BLOCK=BLOCK, num_warps=1,
     )  # fmt: skip
-    codes, scale = keys[0][:2]
     tuning, padded = compress_tuning(dense.element_size()), triton.next_power_of_2(dim)
     signs, sizes = (table, table) if rotation is None else _signs(rotation, dense.dtype)
     for i, layout in enumerate(("key", "value")):
-        chunks = tuple(
+        chunks = [
             (first + part * channels, channels)
             for first, channels, parts in _launches(dim, layout) for part in range(parts)
-        )  # fmt: skip
-        _flush_kernel[layers * heads, batch](
-            table, plan, seen, signs, sizes, batch, i * layers, capacity, codes.shape[2], (1 - clip) / 2,
-            FIELDS=FIELDS, VALUE=_element(dense), META=_element(scale), HEADS=heads, D=dim, DP=padded, CHUNKS=chunks,
-            STEP=min(padded, tuning.contracted), BITS=bits, GROUP=groups[i], TOKEN_AXIS=axes[i] == "token",
-            KEY_LAYOUT=layout == "key", ROTATE=rotation is not None, BALANCE=balanced and layout == "key",
-            LIMIT=torch.finfo(scale.dtype).max, BLOCK=BLOCK, SLICES=WORD_BITS // bits, OPERAND=operand_dtype(dense.dtype), PRECISION=dot_precision(dense.dtype), PART=PART,
-            num_warps=tuning.warps, num_stages=1, maxnreg=tuning.registers,
-        )  # fmt: skip
+        ]  # fmt: skip
+        for chunk in chunks:
+            _flush_kernel[layers * heads, batch](
+                table, plan, seen, signs, sizes, batch, i * layers, capacity, codes.shape[2], (1 - clip) / 2,
+                FIELDS=FIELDS, VALUE=_element(dense), META=_element(scale), HEADS=heads, D=dim, DP=padded,
+                CHANNEL=chunk[0], CHANNELS=chunk[1], LAST=chunk == chunks[-1], STEP=min(padded, tuning.contracted),
+                BITS=bits, GROUP=groups[i], TOKEN_AXIS=axes[i] == "token", KEY_LAYOUT=layout == "key",
+                ROTATE=rotation is not None, BALANCE=balanced and layout == "key", LIMIT=torch.finfo(scale.dtype).max,
+                BLOCK=BLOCK, SLICES=WORD_BITS // bits, OPERAND=operand_dtype(dense.dtype),
+                PRECISION=dot_precision(dense.dtype), PART=PART, num_warps=tuning.warps, num_stages=1,
+                maxnreg=tuning.registers,
+            )  # fmt: skip
+    return fits
 
 
 def _element(x: Tensor) -> tl.dtype:

@@ -100,16 +100,22 @@ def layer_shares(config: MiniKVConfig, layers: int, most: float) -> Sequence[flo
     return config.layer_budget
 
 
-def heavy_budget(scores: Tensor, length: int, layer: int, layers: int, config: MiniKVConfig) -> int:
-    """How many of the scored tokens a layer keeps.
+def budget(length: int, layer: int, layers: int, config: MiniKVConfig) -> tuple[int, int, int]:
+    """How many sinks, heavy (at most) and recent tokens of a prompt of `length` tokens layer number `layer` of `layers` keeps."""
+    recent = in_tokens(config.recent, length)
+    sinks = min(config.sinks, length - recent)
+    limit, heavy = length - recent - sinks, in_tokens(config.heavy, length)
+    shares = layer_shares(config, layers, limit / heavy if heavy else 1.0)
+    return sinks, layer_budgets(heavy * layers, shares, limit)[layer], recent
 
-    Args:
-        scores: fp32 [kv_heads, n]: of the tokens among which it chooses.
-        length: tokens of the prompt.
-    """
-    n, heavy = scores.shape[1], in_tokens(config.heavy, length)
-    budget = layer_budgets(heavy * layers, layer_shares(config, layers, n / heavy if heavy else 1.0), n)[layer]
-    return min(budget, covering(scores, config.coverage)) if config.layer_budget == COVERAGE else budget
+
+def most_kept(length: int, layer: int, layers: int, config: MiniKVConfig) -> int:
+    """About the most tokens that a layer keeps of any prompt of up to `length`: budgets in tokens saturate at short prompts,
+    where other layers get what is left over. (About: not every length is tried.)"""
+    if not config.drops:
+        return length
+    lengths = [length >> i for i in range(length.bit_length())]
+    return max(sum(budget(n, layer, layers, config)) for n in lengths)
 
 
 def covering(scores: Tensor, share: float) -> int:

@@ -17,6 +17,7 @@ from transformers.cache_utils import (
 )
 
 from . import compat, fixed
+from .budget import most_kept
 from .config import MiniKVConfig
 from .kernels.state import OFFSET
 from .ops import ROLES
@@ -41,17 +42,21 @@ class MiniKVLayer(CacheLayerMixin):
 
     def __init__(
         self, config: MiniKVConfig, max_cache_len: int, batch_size: int, kv_heads: int, head_dim: int,
-        dtype: torch.dtype, device: torch.device, place: int = 0, count: int = 1,
+        dtype: torch.dtype, device: torch.device, place: int = 0, count: int = 1, max_new_tokens: int | None = None,
     ):  # fmt: skip
-        """`place`, `count`: of the layer among those that share a budget, and their number."""
+        """`place`, `count`: of the layer among those that share a budget, and their number. `max_new_tokens`: as of
+        `MiniKVCache`."""
         self.config, self.max_cache_len, self.batch_size = config, max_cache_len, batch_size
         self.place, self.count = place, count
         self._settings = config.to_json()  # as ops take it; computing it is nothing for Dynamo
         self.taken: tuple[str, Tensor, MiniKVLayer] | None = None  # rows that one of two static buffers was asked for
         self.filled = False  # whether a prompt is in it; of all that changes, the one thing the host knows
+        stored = None
+        if max_new_tokens is not None:
+            stored = most_kept(max_cache_len - max_new_tokens, place, count, config) + max_new_tokens
         with compat.outside_inference_mode():
             self.key, self.value = (
-                fixed.allocate(config, role, batch_size, kv_heads, max_cache_len, head_dim, dtype, device)
+                fixed.allocate(config, role, batch_size, kv_heads, max_cache_len, head_dim, dtype, device, stored)
                 for role in ROLES
             )
             self.important = fixed.first_tokens(config, max_cache_len, device).repeat(batch_size, kv_heads, 1)
@@ -305,23 +310,29 @@ class MiniKVCache(Cache):
     """
 
     def __init__(
-        self, model: torch.nn.Module, max_cache_len: int, batch_size: int = 1, config: MiniKVConfig | str | None = None
-    ):
+        self, model: torch.nn.Module, max_cache_len: int, batch_size: int = 1, config: MiniKVConfig | str | None = None,
+        max_new_tokens: int | None = None,
+    ):  # fmt: skip
         """
         Args:
             model: a transformers model; one token is run through it, to see what each layer keeps, and where.
             max_cache_len: tokens of a row, prompt and padding included. One more is an error.
             batch_size: rows; beams and returned sequences count.
             config: of the backend; a `MiniKVConfig`, the name of a preset, or None for `default`.
+            max_new_tokens: of `max_cache_len`, how many come after the first prompt, at most. With it, layers of a policy
+                that drops prompt tokens have room only for those that they keep of a prompt, and for so many new ones. A
+                token that finds no room is an error. None: any share of `max_cache_len` may be new.
 
         Raises:
-            ValueError: a layer that is neither attention with a dynamic cache nor linear attention, or a model that
-                does not use the cache.
+            ValueError: `max_new_tokens` that leave no room for a prompt; a layer that is neither attention with a dynamic
+                cache nor linear attention, or a model that does not use the cache.
         """
         if isinstance(config, str):
             config = MiniKVConfig.preset(config)
         self.config = config or MiniKVConfig()
         self.capacity = max_cache_len
+        if max_new_tokens is not None and not 0 <= max_new_tokens < max_cache_len:
+            raise ValueError(f"MiniKVCache: {max_new_tokens} new tokens of {max_cache_len} leave no room for a prompt.")
         seen = _what_layers_keep(model)
         attention = [layer for layer in seen if isinstance(layer, DynamicLayer)]
         skipped = [attention[i] for i in self.config.skip_layers if -len(attention) <= i < len(attention)]
@@ -333,8 +344,9 @@ class MiniKVCache(Cache):
                 place = taken.index(layer), len(taken)
                 layers.append(
                     MiniKVLayer(
-                        self.config, max_cache_len, batch_size, heads, dim, layer.keys.dtype, layer.keys.device, *place
-                    )
+                        self.config, max_cache_len, batch_size, heads, dim, layer.keys.dtype, layer.keys.device, *place,
+                        max_new_tokens,
+                    )  # fmt: skip
                 )
             else:
                 layers.append(_static_twin(index, layer, max_cache_len, batch_size))

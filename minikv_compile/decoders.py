@@ -171,8 +171,8 @@ class Fixed(Decoder):
         options: dict[str, Any] | None,
     ):  # fmt: skip
         super().__init__(model, batch)
-        self.cache = MiniKVCache(model, longest + room, batch, config)
-        self.row = MiniKVCache(model, longest + room, 1, config) if batch > 1 else self.cache
+        self.cache = MiniKVCache(model, longest + room, batch, config, room)
+        self.row = MiniKVCache(model, longest + room, 1, config, room) if batch > 1 else self.cache
         forward = type(model).forward.__get__(model)
         # A prompt is long: nothing is gained there by fusing what is between matrix products.
         self.read = torch.compile(forward, backend=MiniKVBackend(config, "eager"))

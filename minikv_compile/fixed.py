@@ -17,11 +17,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import compat, ops
 from .config import MiniKVConfig
-from .kernels import attend
+from .kernels import attend, flush
 from .kernels.important import NO_TOKEN
 from .kernels.packing import BLOCK, metadata_dtype
 from .kernels.room import make_room as make_room_triton
-from .kernels.state import COLUMNS, OFFSET, PINNED
+from .kernels.state import COLUMNS, IN_TIER, OFFSET, PINNED
 from .ops import MIN_BLOCKS, READS_HOST, ROLES, grouping, stored_tokens, without_autocast
 from .policy import POLICIES
 from .rotation import rotation_matrix
@@ -29,6 +29,8 @@ from .tensor import news, warn_not_finite
 
 log = logging.getLogger("minikv")
 
+TOO_FEW = "It was made for less than it is asked to store: raise max_new_tokens, or leave it out."
+FULL_TIER = f"MiniKVCache is full: a layer has no room for another block of tokens. {TOO_FEW}"
 VERY_NEGATIVE = -1e4
 """What is added to the logit of a key that is not seen is at most this."""
 
@@ -44,13 +46,16 @@ DENSE, STATE = -2, -1
 
 def allocate(
     config: MiniKVConfig, role: str, batch: int, heads: int, max_length: int, dim: int, dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device, stored: int | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """Zeros for `max_length` tokens, in the order of `names`."""
+    """Zeros for `max_length` tokens, in the order of `names`. `stored`: how many of them are not dropped, at most, if fewer."""
     lead, made = (batch, heads), []
     if config.bits < 16:
-        # Where important tokens are a share, a short prompt has few, and what follows it is packed.
-        blocks = max(max_length - least_pinned(config) - config.window, BLOCK) // BLOCK
+        # A prompt of `stored` tokens may be a little shorter than another that keeps one more: a block to spare. (Where important
+        # tokens are a share, a short prompt has few, and what follows it is packed.)
+        behind = least_pinned(config) + config.window
+        tokens = max_length if stored is None else min(max_length, max(stored, behind) + 2 * BLOCK)
+        blocks = max(tokens - behind, BLOCK) // BLOCK
         dtypes = torch.int16, metadata_dtype(dtype), metadata_dtype(dtype)
         shapes = [*zip(ops.tier_shapes(config, role, blocks, dim, config.bits), dtypes, strict=True)]
         if config.two_tiers:
@@ -180,6 +185,8 @@ def store_prompt(
                 tensor[:, OFFSET] -= seq
             else:
                 stored = min(tensor.shape[2], parts[name].shape[2])
+                if name == "codes" and parts[name].shape[2] > max(tensor.shape[2], ops.MIN_BLOCKS):
+                    raise ValueError(f"MiniKVCache, layer {place}: no room for a prompt of {seq} tokens. {TOO_FEW}")
                 tensor[:, :, :stored] = parts[name][:, :, :stored]
     if settings.pins:
         stored = min(important.shape[2], parts["important"].shape[2])
@@ -231,10 +238,12 @@ def make_room(
     rotation = rotation_matrix(settings.rotation, dim, key[0].device)
     torch._foreach_add_(length, n)
     keys, values = ([(*t[:3], t[DENSE], t[STATE], t[DENSE - 1]) for t in held] for held in (keys, values))
-    make_room_triton(
+    fits = make_room_triton(
         keys, values, n, room(settings, keys[0][3].shape[2]), settings.window, settings.bits, groups, axes, rotation,
         settings.balances, settings.clip,
     )  # fmt: skip
+    if settings.drops:  # else there is room for all that a cache may hold
+        require(fits.all(), FULL_TIER)
 
 
 @make_room.register_fake
@@ -264,10 +273,17 @@ def _flush(
     tensors: list[Tensor], dense: Tensor, n: int, space: int, most: int, role: str, config: MiniKVConfig
 ) -> None:
     """Flush the rows of `dense` that could not hold `n` more in `space` tokens behind the pinned ones; none holds more than
-    `most`."""
-    balancer = tensors[DENSE - 1] if config.balances and role == "key" else None
+    `most`.
+
+    Raises:
+        ValueError: no room in the tier. On a GPU, an assertion of the device.
+    """
+    balancer, state = tensors[DENSE - 1] if config.balances and role == "key" else None, tensors[STATE]
     blocks = (most - config.window) // BLOCK
-    ops.flush(*tensors[:3], dense, tensors[STATE], 0, n, space, blocks, role, config.to_json(), balancer)
+    if config.drops:
+        leaving = flush.plan_reference(state, 0, n, space, config.window, blocks)[0]
+        require((state[:, IN_TIER] + leaving <= tensors[0].shape[2] * BLOCK).all(), FULL_TIER)
+    ops.flush(*tensors[:3], dense, state, 0, n, space, blocks, role, config.to_json(), balancer)
 
 
 def check_step(mask: Tensor | None, length: Tensor, padding: Tensor, n: int, max_length: int) -> None:

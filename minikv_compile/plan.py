@@ -75,7 +75,7 @@ class Planner:
     def make_cache(self, batch: int, prompt: int) -> MiniKVCache:
         """A cache of fixed capacity for `batch` rows; the dense one has every layer skipped."""
         config = self.config or MiniKVConfig(skip_layers=tuple(range(self.model.config.num_hidden_layers)))
-        return MiniKVCache(self.model, prompt + self.new_tokens, batch, config)
+        return MiniKVCache(self.model, prompt + self.new_tokens, batch, config, self.new_tokens)
 
     def _cache_bytes(self, batch: int, prompt: int) -> int:
         return held_bytes(self.make_cache(batch, prompt))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .budget import heavy_budget, in_tokens
+from .budget import COVERAGE, budget, covering
 from .kernels.important import NO_TOKEN, distance_from_mean
 from .kernels.packing import BLOCK
 from .kernels.select import highest
@@ -193,10 +193,11 @@ def within_budget(scores: Tensor, length: int, layer: int, layers: int, config: 
     Returns:
         int64 [kv_heads, kept], ascending, below `length`.
     """
-    recent = in_tokens(config.recent, length)
-    sinks = min(config.sinks, length - recent)
+    sinks, heavy, recent = budget(length, layer, layers, config)
     among = scores[:, sinks : length - recent]
-    chosen = highest(among, heavy_budget(among, length, layer, layers, config)) + sinks
+    if config.layer_budget == COVERAGE:
+        heavy = min(heavy, covering(among, config.coverage))
+    chosen = highest(among, heavy) + sinks
     position = torch.arange(length, device=scores.device).expand(scores.shape[0], -1)
     return torch.cat([position[:, :sinks], chosen, position[:, length - recent :]], -1)
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minikv_compile import MiniKVConfig
-from minikv_compile.budget import covering, heavy_budget, in_tokens, layer_budgets, pyramid, pyramidkv, uniform
+from minikv_compile.budget import budget, covering, in_tokens, layer_budgets, pyramid, pyramidkv, uniform
 from minikv_compile.policy import within_budget
 
 from .helpers import compiled, greedy, make_backend, prompt, tiny
@@ -38,8 +38,8 @@ def test_a_pyramid_without_limit_is_the_papers(depth, layers, mean):
     """Last layer h / delta, first 2h - h / delta, linear between, mean h: each within one token."""
     budgets = layer_budgets(mean * layers, pyramid(depth, layers), 10**6)
     first, last = 2 * mean - mean / depth, mean / depth
-    for i, budget in enumerate(budgets):
-        assert abs(budget - (first + (last - first) * i / (layers - 1))) <= 1
+    for i, tokens in enumerate(budgets):
+        assert abs(tokens - (first + (last - first) * i / (layers - 1))) <= 1
 
 
 @given(shares=SHARES, limit=st.integers(10, 400), fill=st.floats(0, 1))
@@ -77,20 +77,20 @@ def test_pyramidkv_stays_a_line(depth, layers, limit, fill):
     """Section 4.2's arithmetic, and its code's where the first layer would keep more than there is: k_min = k / beta,
     k_max = 2 k - k_min, or k_max = n and k_min = 2 k - n; each within one token."""
     mean = round(fill * limit)
-    config = MiniKVConfig(heavy=mean, layer_budget="pyramidkv", pyramid_depth=depth)
-    budgets = [heavy_budget(torch.zeros(1, limit), limit, layer, layers, config) for layer in range(layers)]
+    config = MiniKVConfig(heavy=mean, layer_budget="pyramidkv", pyramid_depth=depth, sinks=0)
+    budgets = [budget(limit, layer, layers, config)[1] for layer in range(layers)]
     last = mean / depth
     first = 2 * mean - last
     if first > limit:
         first, last = limit, 2 * mean - limit
-    for i, budget in enumerate(budgets):
-        assert abs(budget - (first + (last - first) * i / (layers - 1))) <= 1
+    for i, tokens in enumerate(budgets):
+        assert abs(tokens - (first + (last - first) * i / (layers - 1))) <= 1
     assert sum(budgets) == mean * layers and budgets == sorted(budgets, reverse=True)
 
 
 def test_a_pyramid_has_its_papers_depth():
-    scores, of = torch.zeros(1, 10_000), lambda **changes: MiniKVConfig(heavy=1400, **changes)
-    last = lambda config: heavy_budget(scores, 10_000, 10, 11, config)  # noqa: E731
+    of = lambda **changes: MiniKVConfig(heavy=1400, **changes)  # noqa: E731
+    last = lambda config: budget(10_000, 10, 11, config)[1]  # noqa: E731
     assert last(of(layer_budget="pyramid")) == 200 and last(of(layer_budget="pyramidkv")) == 70
     assert last(of(layer_budget="pyramid", pyramid_depth=14)) == last(of(layer_budget="pyramidkv", pyramid_depth=14)) == 100
 

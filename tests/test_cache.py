@@ -725,3 +725,42 @@ def test_nan_in_a_prompts_window_is_counted_once(recwarn):
         layer.update(*poisoned(1, *[0] * (i == 300)))
         layer.report()
     assert messages(recwarn) == ["NaN or inf in 1 tokens in the keys of layer 0"]
+
+
+# ---- room for what is kept only
+
+DROPS = {"share": {}, "tokens": {"heavy": 100, "recent": 60}}
+
+
+@pytest.mark.parametrize("budget", DROPS)
+def test_room_for_what_is_kept(budget):
+    """The same to the bit as with room for all, in fewer bytes, for prompts of any length up to the longest."""
+    config = MiniKVConfig.preset("minikv", **DROPS[budget])
+    model = compiled(tiny(), make_backend("minikv", **DROPS[budget]))
+    whole, kept = MiniKVCache(model, 1300, config=config), MiniKVCache(model, 1300, config=config, max_new_tokens=100)
+    assert [a.key[0].shape[2] > b.key[0].shape[2] for a, b in zip(whole.layers, kept.layers, strict=True)] == [True] * 2
+    for length in (1200, 500, 40):
+        ids = prompt(length + 100)
+        whole.reset()
+        kept.reset()
+        assert torch.equal(steps(model, ids, length, kept), steps(model, ids, length, whole))
+
+
+def test_what_was_not_to_come_is_an_error():
+    model = compiled(tiny(layers=1), make_backend("minikv"))
+    cache = MiniKVCache(model, 1300, config="minikv", max_new_tokens=100)
+    with pytest.raises(ValueError, match="no room for another block of tokens.* raise max_new_tokens"):
+        steps(model, prompt(1300), 300, cache)
+    small = MiniKVCache(model, 1300, config="minikv", max_new_tokens=1200)
+    for tensors in (small.layers[0].key, small.layers[0].value):
+        tensors[:3] = [t[:, :, :1].clone() for t in tensors[:3]]
+    with pytest.raises(ValueError, match="no room for a prompt of 1290 tokens"):
+        steps(model, prompt(1291), 1290, small)
+    with pytest.raises(ValueError, match="leave no room for a prompt"):
+        MiniKVCache(model, 100, max_new_tokens=100)
+
+
+def test_new_tokens_change_nothing_where_none_is_dropped():
+    model = tiny(layers=1)
+    sizes = [[t.shape for t in MiniKVCache(model, 1300, max_new_tokens=n).layers[0].tensors()] for n in (None, 10)]
+    assert sizes[0] == sizes[1]

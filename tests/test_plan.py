@@ -37,7 +37,7 @@ def storages(tensors):
 @torch.no_grad()
 def test_bytes_are_those_of_the_storages(model, method, batch):
     config = parse_method(method)
-    cache = MiniKVCache(model, PROMPT + ROOM, batch, config)
+    cache = MiniKVCache(model, PROMPT + ROOM, batch, config, ROOM)
     planned = planner(method).cache_bytes(batch, PROMPT)
     assert planned == held_bytes(cache)
     ours = [layer for layer in cache.layers if hasattr(layer, "important")]

@@ -30,7 +30,7 @@ def make_room(config, keys, values, n):
     dim = keys[0][DENSE].shape[-1]
     axes = [grouping(config, role, dim) for role in ROLES]
     parts = ([(*t[:3], t[DENSE], t[STATE], t[DENSE - 1]) for t in held] for held in (keys, values))
-    room.make_room(
+    return room.make_room(
         *parts, n, space_behind(config, keys[0][DENSE].shape[2]), config.window, config.bits, *zip(*axes, strict=True),
         rotation_matrix(config.rotation, dim, keys[0][0].device), config.balances, config.clip,
     )  # fmt: skip
@@ -52,8 +52,8 @@ def test_like_layer_by_layer(device, preset, dtype, dim):
     length = torch.tensor(900)
     for layer in range(3):
         make_room_reference(expected[0][layer], expected[1][layer], length, 1, config)
-    make_room(config, keys, values, 1)
-    assert length == 903
+    fits = make_room(config, keys, values, 1)
+    assert length == 903 and fits.all()
     for held, wanted in zip((keys, values), expected, strict=True):
         for tensors, others in zip(held, wanted, strict=True):
             *tier, dense, state = tensors
@@ -86,9 +86,19 @@ def test_three_launches_however_many_layers(device, monkeypatch):
 
 
 def test_a_table_goes_with_its_storages(device):
-    keys, values = ([(*t[:3], t[DENSE], t[STATE]) for t in held] for held in layers_of(MiniKVConfig(), [[1]], 64, torch.float32, device))
+    made = layers_of(MiniKVConfig(), [[1]], 64, torch.float32, device)
+    keys, values = ([(*t[:3], t[DENSE], t[STATE]) for t in held] for held in made)
+    del made
     before = len(room._tables)
     table = room.table_of(keys, values)
     assert room.table_of(keys, values) is table and len(room._tables) == before + 1
     del keys
     assert len(room._tables) == before
+
+
+def test_a_tier_without_room(device):
+    config = MiniKVConfig.preset("minikv")
+    full = least_pinned(config) + config.room
+    keys, values = layers_of(config, [[10, full], [10, 10]], 64, torch.float32, device)
+    keys[0][STATE][1, 2] = keys[0][0].shape[2] * BLOCK
+    assert make_room(config, keys, values, 1).flatten().tolist() == [False, True, True, True]

@@ -1,0 +1,80 @@
+"""Write README's end-to-end tables from the committed results, between its two markers: python benchmarks/readme.py"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- by benchmarks/readme.py: -->\n", "<!-- end -->\n"
+FILES = "end_to_end.json", "short.json", "peers.json"
+DENSE = "dense"
+
+
+def tokens(n: int) -> str:
+    return f"{n // 1024}K" if n % 1024 == 0 else str(n)
+
+
+def table(file: str, found: dict[str, Any]) -> str:
+    """A row per case and method of one file of `minikv bench`, against the dense decoder of the same case."""
+    lines = [
+        f"{found['shape']}, {found['layers']} layers, {found['device']}, torch {found['versions']['torch']}, "
+        f"{found['date']} (`benchmarks/results/{file}`;\n`{found['command']}`):",
+        "",
+        "| case | method | ms per token | times faster | first token, times dense | memory in decode, of dense | cache, of dense |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = found["results"]
+    for row in rows:
+        case = f"{row['batch']}×{tokens(row['prompt'])}"
+        if "failed" in row:
+            lines.append(f"| {case} | `{row['method']}` | {row['failed']} | | | | |")
+            continue
+        same = (r for r in rows if r["method"] == DENSE and "failed" not in r)
+        dense = next((r for r in same if (r["batch"], r["prompt"]) == (row["batch"], row["prompt"])), None)
+        cells = [f"{row['per_token']:.2f}"]
+        if dense:
+            cells += [f"{dense['per_token'] / row['per_token']:.2f}", f"{row['first_token'] / dense['first_token']:.2f}"]
+            cells += [f"{row[name] / dense[name]:.1%}" if dense[name] else "" for name in ("decode_peak", "cache_bytes")]
+        lines.append(f"| {case} | `{row['method']}` | {' | '.join(cells + [''] * (5 - len(cells)))} |")
+    return "\n".join(lines) + "\n"
+
+
+def capacity_table(found: dict[str, Any]) -> str:
+    """What fitted, of the file of `minikv capacity`."""
+    lines = [
+        f"What fitted (`benchmarks/results/capacity.json`;\n`{found['command']}`):", "",
+        "| | method | planned | fitted | did not fit | most memory, of the plan |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in found["results"]:
+        what = f"rows of {tokens(row['prompt'])}" if row["what"] == "batch" else "tokens, one row"
+        share = f"{row['peak_bytes'] / row['planned_bytes']:.1%}" if row["planned_bytes"] else row["failed"]
+        lines.append(
+            f"| {what} | `{row['method']}` | {row['planned']:,} | {row['fits']:,} | {row['too_many']:,} | {share} |"
+            if row["too_many"] else
+            f"| {what} | `{row['method']}` | {row['planned']:,} | {row['fits']:,} | | {share} |"
+        )  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def section(results: Path = RESULTS) -> str:
+    """What stands between the markers."""
+    read = {file: json.loads((results / file).read_text()) for file in (*FILES, "capacity.json") if (results / file).exists()}
+    parts = [table(file, found) for file, found in read.items() if file != "capacity.json"]
+    if "capacity.json" in read:
+        parts.append(capacity_table(read["capacity.json"]))
+    return "\n" + "\n".join(parts) + "\n"
+
+
+def updated(text: str, results: Path = RESULTS) -> str:
+    """README's text with the section as the results have it."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + section(results) + END + after
+
+
+if __name__ == "__main__":
+    README.write_text(updated(README.read_text()))

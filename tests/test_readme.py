@@ -1,0 +1,29 @@
+"""README's end-to-end tables are those of the committed results."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
+readme = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(readme)
+
+
+def test_readme_is_up_to_date():
+    text = readme.README.read_text()
+    assert text.count(readme.BEGIN) == text.count(readme.END) == 1
+    assert readme.updated(text) == text, "run: python benchmarks/readme.py"
+
+
+def test_what_failed_and_what_fitted_is_shown(tmp_path):
+    about = {"shape": "s", "layers": 2, "device": "d", "versions": {"torch": "t"}, "date": "now", "command": "c"}
+    dense = {"method": "dense", "batch": 1, "prompt": 1024, "per_token": 3.0, "first_token": 2.0, "decode_peak": 0, "cache_bytes": 8}
+    rows = [dense, {**dense, "method": "ours", "per_token": 2.0, "cache_bytes": 2}, {"method": "x", "batch": 1, "prompt": 1024, "failed": "no"}]
+    (tmp_path / "end_to_end.json").write_text(json.dumps({**about, "results": rows}))
+    fitted = {"method": "ours", "what": "batch", "prompt": 1024, "planned": 7, "fits": 6, "too_many": 7, "planned_bytes": 100,
+              "peak_bytes": 98, "failed": ""}  # fmt: skip
+    (tmp_path / "capacity.json").write_text(json.dumps({**about, "results": [fitted, {**fitted, "too_many": 0}]}))
+    text = readme.section(tmp_path)
+    assert "| 1×1K | `ours` | 2.00 | 1.50 | 1.00 |  | 25.0% |" in text and "| 1×1K | `x` | no |" in text
+    assert "| rows of 1K | `ours` | 7 | 6 | 7 | 98.0% |" in text and "| 7 | 6 | | 98.0% |" in text
