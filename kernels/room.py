@@ -1,9 +1,12 @@
-"""Room for the next tokens in all layers of a cache of fixed capacity, in three launches a step.
+"""Room for the next tokens in all layers of a cache of fixed capacity, in three launches a step (head dimensions that are no
+power of two, or more than 128, take more).
 
 A step in which no row is full, and that is nearly every one, should cost nothing: what grows with the number of layers
 is not launches but programs that end at once. So the kernels take the addresses of all layers' tensors from a table in
 device memory. The first counts and plans (`_count_kernel`), and two more, for keys and for values, quantize what leaves a
-full row's dense region and move up what is left of it (`_flush_kernel`), as `compress` and `flush` do for one layer.
+full row's dense region and move up what is left of it (`_flush_kernel`), as `compress` and `flush` do for one layer. (A launch
+for each chunk of channels: two in one program gave wrong scales for the second on an H200, Triton 3.6, and right ones in the
+interpreter.)
 """
 
 from __future__ import annotations
@@ -89,7 +92,8 @@ def _count_kernel(
 def _flush_kernel(
     TABLE, PLAN, SEEN, SIGNS, SIZES, batch, first_layer, capacity, blocks, inset,
     FIELDS: tl.constexpr, VALUE: tl.constexpr, META: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, CHANNEL: tl.constexpr, CHANNELS: tl.constexpr, LAST: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    DP: tl.constexpr, CHANNEL: tl.constexpr, CHANNELS: tl.constexpr, LAST: tl.constexpr, STEP: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr,
     TOKEN_AXIS: tl.constexpr, KEY_LAYOUT: tl.constexpr, ROTATE: tl.constexpr, BALANCE: tl.constexpr, LIMIT: tl.constexpr,
     BLOCK: tl.constexpr, SLICES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip

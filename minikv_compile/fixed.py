@@ -21,6 +21,7 @@ from .kernels import attend, flush
 from .kernels.important import NO_TOKEN
 from .kernels.packing import BLOCK, metadata_dtype
 from .kernels.room import make_room as make_room_triton
+from .kernels.room import table_of
 from .kernels.state import COLUMNS, IN_TIER, OFFSET, PINNED
 from .ops import MIN_BLOCKS, READS_HOST, ROLES, grouping, stored_tokens, without_autocast
 from .policy import POLICIES
@@ -226,9 +227,7 @@ def make_room(
     settings = MiniKVConfig.from_json(config)
     if max_length is not None:
         check_step(mask, length[0], padding, n, max_length)
-    keys, values = (
-        list(zip(*[iter(held)] * len(names(settings, role)), strict=True)) for role, held in zip(ROLES, (key, value), strict=True)
-    )
+    keys, values = _by_layer(key, value, settings)
     if not keys[0][DENSE].is_cuda or settings.bits == 16:
         for tensors in zip(keys, values, length, strict=True):
             make_room_reference(*tensors, n, settings)
@@ -237,7 +236,7 @@ def make_room(
     groups, axes = zip(*(grouping(settings, role, dim) for role in ROLES), strict=True)
     rotation = rotation_matrix(settings.rotation, dim, key[0].device)
     torch._foreach_add_(length, n)
-    keys, values = ([(*t[:3], t[DENSE], t[STATE], t[DENSE - 1]) for t in held] for held in (keys, values))
+    keys, values = _room_parts(keys, values)
     fits = make_room_triton(
         keys, values, n, room(settings, keys[0][3].shape[2]), settings.window, settings.bits, groups, axes, rotation,
         settings.balances, settings.clip,
@@ -249,6 +248,23 @@ def make_room(
 @make_room.register_fake
 def _(key, value, length, padding, n, mask, max_length, config):
     return None
+
+
+def _by_layer(key: list[Tensor], value: list[Tensor], config: MiniKVConfig) -> list[list[tuple[Tensor, ...]]]:
+    """The tensors of each layer (`names`): of its keys, and of its values."""
+    both = zip(ROLES, (key, value), strict=True)
+    return [list(zip(*[iter(held)] * len(names(config, role)), strict=True)) for role, held in both]
+
+
+def _room_parts(*layers: list[tuple[Tensor, ...]]) -> list[list[tuple[Tensor, ...]]]:
+    """Of each layer's tensors, those that `kernels.room` takes."""
+    return [[(*t[:3], t[DENSE], t[STATE], t[DENSE - 1]) for t in held] for held in layers]
+
+
+def prepare_room(key: list[Tensor], value: list[Tensor], config: MiniKVConfig) -> None:
+    """Before a graph with `make_room` runs on these tensors for the first time."""
+    if key[0].is_cuda and config.bits < 16:
+        table_of(*_room_parts(*_by_layer(key, value, config)))
 
 
 def make_room_reference(key: list[Tensor], value: list[Tensor], length: Tensor, n: int, config: MiniKVConfig) -> None:

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -17,6 +18,8 @@ from ..tensor import KVTensor, report_not_finite, wrap_prompt
 from .graph import example, size_getter
 from .rewrite import Longer, Made, Rewritten
 from .static import Born
+
+minikv = torch.ops.minikv
 
 Getter = Callable[[Sequence[Any]], Any]
 
@@ -64,6 +67,10 @@ def desugar(
         (role, layer, places[dense], places[state]) for role, layer, dense, state in rewritten.counted if state in places
     ]
     boundary.stores = rewritten.stores
+    boundary.rooms = [
+        tuple([places[tensor] for tensor in held] for held in node.args[:2])
+        for node in graph.nodes if node.target is minikv.make_room.default and set(node.all_input_nodes) <= set(places)
+    ]  # fmt: skip
     return inputs, boundary
 
 
@@ -93,6 +100,8 @@ class Boundary:
         self.buffers: Buffers | None = None
         self.counted: list[tuple[str, int, int, int]] = []  # with places of arguments: see `Rewritten.counted`
         self.stores = False
+        self.rooms: list[tuple[list[int], list[int]]] = []  # places of what each `minikv::make_room` takes
+        self._room: weakref.ref[Tensor] | None = None
         self._calls = 0
         self.on_model: Callable[[Sequence[Any]], None] | None = None  # told of the arguments of each new model
         self.parameters: tuple[int, ...] = ()  # positions of the model's first parameter and its last
@@ -109,6 +118,8 @@ class Boundary:
             if self.buffers is not None:
                 layers, opened = self.buffers.open(args)
                 args = [*args, *opened]
+            if self.rooms:
+                self._prepare_rooms(args)
             flat = list(self.compiled(*[get(args) for get in self.getters]))
             if self.counted:
                 self._report_counted(args)
@@ -122,6 +133,14 @@ class Boundary:
         if prompt or self._calls % self.config.buffer == 0:
             held = [(role, layer, args[dense], args[state]) for role, layer, dense, state in self.counted]
             fixed.report(held, self.config, prompt)
+
+    def _prepare_rooms(self, args: Sequence[Any]) -> None:
+        """What `make_room` keeps of the storages is made here, not in memory that a CUDA graph uses again."""
+        first = args[self.rooms[0][0][0]]
+        if self._room is None or self._room() is not first:
+            self._room = weakref.ref(first)
+            for places in self.rooms:
+                fixed.prepare_room(*([args[i] for i in held] for held in places), self.config)
 
     def _is_known(self, args: Sequence[Any]) -> bool:
         return bool(self._model) and all(ref() is args[i] for ref, i in zip(self._model, self.parameters, strict=True))

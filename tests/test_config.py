@@ -73,7 +73,7 @@ def test_presets():
 
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_json_round_trip(preset):
-    config = MiniKVConfig.preset(preset, skip_layers=(0, -1), min_prompt=9)
+    config = MiniKVConfig.preset(preset, skip_layers=(0, -1), observed=9)
     again = MiniKVConfig.from_json(config.to_json())
     assert again == config and hash(again) == hash(config)
     assert "\n" not in config.to_json()

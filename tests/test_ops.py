@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 import minikv_compile.buffers  # noqa: F401  registers its ops
+import minikv_compile.capacity  # noqa: F401  (it has an op)
 from minikv_compile import KVTensor, MiniKVConfig
 from minikv_compile.cache import MiniKVLayer
 from minikv_compile.kernels.packing import BLOCK
@@ -164,8 +165,13 @@ def test_opcheck_seek():
 @pytest.mark.parametrize("start", [0, 300])
 def test_opcheck_prompt_or_extend(start):
     layer, config, k, v = fixed_layer("default", filled=bool(start))
-    opcheck(minikv.prompt_or_extend, torch.randn(2, 4, 7, 32), k[:, :, :7], v[:, :, :7], torch.tensor(start), layer.key,
-            layer.value, layer.important, layer.kept, layer.length, layer.padding, 0, 1, 400, 0.25, config)  # fmt: skip
+    opcheck(minikv.prompt_or_extend, torch.randn(2, 4, 7, 32), k[:, :, :7], v[:, :, :7], torch.tensor(start), None, None, None,
+            layer.key, layer.value, layer.important, layer.kept, layer.length, layer.padding, 0, 1, 400, 0.25, config)  # fmt: skip
+
+
+def test_opcheck_chunked_mlp():
+    gate, up, down = torch.randn(12, 8), torch.randn(12, 8), torch.randn(8, 12)
+    opcheck(torch.ops.minikv.chunked_mlp, torch.randn(2, 7, 8), gate, up, down, 3)
 
 
 def test_opcheck_given_back():
