@@ -100,9 +100,10 @@ class MiniKVBackend:
         )  # fmt: skip
         for reason, site in reasons.items():
             message = f"site {site.layer} ({site.where}) keeps the model's own attention, uncompressed: {reason}"
-            if self.config.strict and reason != "listed in skip_layers":
+            wanted = reason == "listed in skip_layers"
+            if self.config.strict and not wanted:
                 raise RewriteError(message)
-            log.log(logging.INFO if taken else logging.WARNING, message)
+            log.log(logging.INFO if taken or wanted else logging.WARNING, message)
 
     def __repr__(self) -> str:
         return f"MiniKVBackend({self.config}, inner={self.inner!r})"

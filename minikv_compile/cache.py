@@ -114,7 +114,8 @@ class MiniKVLayer(CacheLayerMixin):
     def report(self, prompt: bool = False) -> None:
         """`fixed.report` of this layer. In a captured graph nobody looks: call it, or whatever reads the device."""
         if self.filled:
-            held = [(role, self.place, t[fixed.DENSE], t[fixed.STATE]) for role, t in zip(ROLES, (self.key, self.value), strict=True)]
+            pairs = zip(ROLES, (self.key, self.value), strict=True)
+            held = [(role, self.place, tensors[fixed.DENSE], tensors[fixed.STATE]) for role, tensors in pairs]
             fixed.report(held, self.config, prompt)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

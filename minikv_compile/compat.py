@@ -137,13 +137,16 @@ def owner_of(node: Node | None) -> Any:
 def compiled_call() -> tuple[torch.nn.Module | None, bool]:
     """The module whose compiled call is running, if it is one, the outermost; and whether what Dynamo is tracing is this call
     from its beginning, not what is left of it behind a graph break, or a call inside of it."""
-    frame, function = sys._getframe(), None
+    frame, root, is_whole, inside = sys._getframe(), None, True, False
     while frame is not None:
-        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
-            function = frame.f_locals.get("fn")
+        name = frame.f_globals.get("__name__", "")
+        if name == "torch._dynamo.convert_frame":  # behind it are the frames that run; what is traced is not one yet
+            inside = False
+        elif name == "torch._dynamo.eval_frame" and frame.f_code.co_name == "compile_wrapper":
+            root, is_whole = getattr(frame.f_locals.get("fn"), "__self__", None), not inside
+        elif not name.startswith("torch."):
+            inside = True
         frame = frame.f_back
-    root, tracing = getattr(function, "__self__", None), getattr(tls, "current_tx", None)
-    is_whole = function is None or tracing is None or tracing.output.root_tx.f_code is getattr(function, "__code__", None)
     return (root if isinstance(root, torch.nn.Module) else None), is_whole
 
 

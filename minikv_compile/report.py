@@ -142,7 +142,8 @@ class Explanation:
             table.add_column(name)
         for i, graph in enumerate(self.graphs):
             for site in graph:
-                table.add_row(str(i), str(site.layer) if site.layer_known else f"{site.layer}?", site.where, site.idiom, site.reason or site.kind)
+                layer = str(site.layer) if site.layer_known else f"{site.layer}?"
+                table.add_row(str(i), layer, site.where, site.idiom, site.reason or site.kind)
         return _rendered(table)
 
 

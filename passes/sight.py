@@ -58,7 +58,7 @@ def read_sight(rewriter: Rewriter, site: Site, write: Write, new: Any, direct: b
     if site.is_causal:
         raise NotTaken("is_causal together with a mask")
     plain = _plain_mask(site, write, new, direct)
-    if plain is not None and plain.op == "placeholder":
+    if plain is not None and plain.op == "placeholder" and not is_written(plain):
         _check_now(rewriter, plain, 0 if direct else position)
         return Sight(direct, padding=plain, checked=None if direct else plain)
     seeds: dict[Node, Any] = {}

@@ -215,6 +215,28 @@ def test_what_is_left_alone_is_logged_once_per_reason(caplog):
     assert (counters["rewritten"], counters["skipped"]) == (0, 3)
 
 
+def messages_of(caplog, **changes):
+    """Levels and texts of what the logger `minikv` says while a decoder of three layers is compiled, for its prompt only."""
+    caplog.clear()
+    torch._dynamo.reset()
+    with caplog.at_level(logging.INFO, "minikv"), torch.no_grad():
+        torch.compile(PlainDecoder(changes.pop("attend", causal), layers=3), backend=make_backend("default", **changes))(prompt(20))
+    return [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "minikv"]
+
+
+def test_one_line_at_the_first_compilation(caplog):
+    line = "3 attention sites, {} rewritten ({}), {} left alone; a long cache of those rewritten takes 14.1% of dense"
+    assert messages_of(caplog) == [("INFO", line.format(3, "prefill", 0))]
+    some = messages_of(caplog, skip_layers=(0,))
+    assert some[0] == ("INFO", line.format(2, "prefill", 1)) and [level for level, _ in some] == ["INFO"] * 2
+
+
+def test_a_graph_of_which_nothing_is_rewritten_is_a_warning(caplog):
+    levels = [level for level, text in messages_of(caplog, attend=sliding_window) if "uncompressed" in text]
+    assert levels == ["WARNING"]
+    assert "WARNING" not in [level for level, _ in messages_of(caplog, skip_layers=(0, 1, 2))]  # that was asked for
+
+
 def reason_of(model, *args, **inputs):
     """Why the first graph's sites were left alone, and whether the answer is right."""
     with torch.no_grad():
