@@ -16,6 +16,18 @@ from torch.library import custom_op
 from .kernels.packing import BLOCK
 
 
+def channel_range(x: Tensor, order: Tensor | None, lengths: Sequence[int]) -> Tensor:
+    """max |x| of each channel, fp32 [batch, heads, head_dim], over a row's valid tokens.
+
+    Args:
+        x: [batch, heads, seq, head_dim]. order: of `align_rows`, None for no padding; lengths: of all rows.
+    """
+    rows = [x] if order is None else [x[b : b + 1, :, order[b, :n]] for b, n in enumerate(lengths)]
+    # Both ends in one pass: |x| would be a tensor of its size.
+    ends = [row.aminmax(dim=2) for row in rows]
+    return torch.cat([torch.maximum(-low, high) for low, high in ends]).float()
+
+
 @custom_op("minikv::query_range", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def query_range(q: Tensor, k: Tensor, order: Tensor | None, lengths: Tensor | None) -> Tensor:
     """max |q| of each channel, over the tokens of a row and the query heads of a KV head.
@@ -27,12 +39,8 @@ def query_range(q: Tensor, k: Tensor, order: Tensor | None, lengths: Tensor | No
     Returns:
         fp32 [batch, kv_heads, head_dim].
     """
-    rows = []
-    for b in range(q.shape[0]):
-        own = q[b] if order is None else q[b][:, order[b, : int(lengths[b])]]
-        low, high = own.aminmax(dim=1)
-        rows.append(torch.maximum(-low, high).unflatten(0, (k.shape[1], -1)).amax(1))
-    return torch.stack(rows).float()
+    of_heads = channel_range(q, order, () if lengths is None else lengths.tolist())
+    return of_heads.unflatten(1, (k.shape[1], -1)).amax(2)
 
 
 @query_range.register_fake
@@ -44,11 +52,7 @@ def balancer_of(q_range: Tensor, k: Tensor, order: Tensor | None, lengths: Seque
     """sqrt(max |q| / max |k|) of each channel (MiKV, section 3.3), 1 where that is no positive number, and in rows of less than
     a block, which say little of what will come: fp32 [batch, kv_heads, head_dim]. Arguments as of `minikv::compress`,
     `lengths` of all rows."""
-    rows = []
-    for b, n in enumerate(lengths):
-        low, high = (k[b] if order is None else k[b][:, order[b, :n]]).aminmax(dim=1)
-        rows.append(torch.maximum(-low, high))
-    balancer = (q_range / torch.stack(rows).float()).sqrt()
+    balancer = (q_range / channel_range(k, order, lengths)).sqrt()
     for row, n in zip(balancer, lengths, strict=True):
         if n < BLOCK:
             row.fill_(1.0)
