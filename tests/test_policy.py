@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minikv_compile import MiniKVBackend, MiniKVConfig, cache_report
 from minikv_compile.budget import in_tokens
-from minikv_compile.ops import align_rows, compress_prompt, dequantize, fields, kept_mask, take_tokens
+from minikv_compile.ops import align_rows, compress_prompt, dequantize, fields, tier_names, kept_mask, take_tokens
 from minikv_compile.policy import POLICIES, Policy, Prompt, important_tokens, select, within_budget
 
 from .helpers import compiled, greedy, make_backend, prompt, tiny
@@ -262,12 +262,12 @@ def test_each_valid_token_is_in_one_tier_or_dropped(case):
     valid = torch.ones(2, seq, dtype=torch.bool)
     valid[1, :padding] = False
     order, lengths = align_rows(valid)
-    text, names = config.to_json(), fields(config, True)
-    made = compress_prompt(k, v, scores, order, lengths, layer, layers, text)
-    for role, x, part in (("key", k, made[: len(names)]), ("value", v, made[len(names) :])):
-        held = dict(zip(names, part, strict=True))
-        parts = ("codes", "scale", "zero", "dense", "state", "important", "kept")
-        back = dequantize(*(held.get(name) for name in parts), seq, role, text)
+    text = config.to_json()
+    made = iter(compress_prompt(k, v, scores, order, lengths, layer, layers, text))
+    for role, x in (("key", k), ("value", v)):
+        held = {name: next(made) for name in fields(config, role, True)}
+        tier = [held[name] for name in tier_names(config, role)]
+        back = dequantize(tier, *(held.get(name) for name in ("dense", "state", "important", "kept")), seq, role, text)
         kept = kept_mask(held["kept"], held["state"], seq)
         zero, exact = (back == 0).all(-1), (back == x).all(-1)
         packed = kept & ~exact
