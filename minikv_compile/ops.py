@@ -184,10 +184,17 @@ def compress_prompt(
     )
     packed = rows[:, IN_TIER].tolist()
     capacity = dense_capacity(settings, int((seq - rows[:, OFFSET]).max()), int(rows[:, PINNED].max()))
+    # What follows from them comes in the same copy: a launch less for each.
+    pinned, in_important = rows[:, PINNED], rows[:, IN_IMPORTANT]
+    more = (
+        seq - rows[:, OFFSET], pinned - settings.sinks + in_important, pinned + in_important, rows[:, IN_TIER] + in_important
+    )
+    rows = torch.cat([rows, torch.stack(more, 1).int()], 1)
     if k.is_cuda:
         rows = rows.pin_memory()  # a copy from anything else would wait for the device
     rows = rows.to(k.device, non_blocking=True)
-    pinned, in_important, used = rows[:, PINNED], rows[:, IN_IMPORTANT], seq - rows[:, OFFSET]
+    pinned, (used, apart_in_row, before_tier, in_tiers) = rows[:, PINNED], rows[:, COLUMNS:].unbind(1)
+    rows = rows[:, :COLUMNS]
     rotation = rotation_matrix(settings.rotation, dim, k.device)
     shared = []
     if settings.pins:
@@ -196,7 +203,7 @@ def compress_prompt(
         important = torch.nn.functional.pad(important, (0, max(0, most - important.shape[2])), value=NO_TOKEN)
         shared.append(important.int())
         if any(apart) and (any(packed) or settings.two_tiers):
-            stored = stored_order(important, pinned - settings.sinks + in_important, max(counts), settings.sinks)
+            stored = stored_order(important, apart_in_row, max(counts), settings.sinks)
             index = stored if index is None else index.gather(2, stored)
     if settings.drops or padded:
         everything = torch.arange(seq, device=k.device).expand(batch, heads, -1) if index is None else index
@@ -210,7 +217,7 @@ def compress_prompt(
         state = rows.clone(memory_format=torch.contiguous_format)
         counted = torch.zeros(batch, seq, dtype=torch.int32, device=k.device), state[:, NOT_FINITE]
         group, axis = grouping(settings, role, dim)
-        tiers = [] if settings.bits == 16 else [(settings.bits, pinned + in_important, state[:, IN_TIER], packed)]
+        tiers = [] if settings.bits == 16 else [(settings.bits, before_tier, state[:, IN_TIER], packed)]
         if settings.two_tiers:
             tiers.append((settings.important_bits, pinned, state[:, IN_IMPORTANT], apart))
         for bits, start, tokens, known in tiers:
@@ -219,7 +226,6 @@ def compress_prompt(
                 settings.clip, counted=counted, balancer=balancer if role == "key" else None,
             )  # fmt: skip
         out += [balancer] * (settings.balances and role == "key")
-        in_tiers = state[:, IN_TIER] + in_important
         out += [compress.dense_region(x, index, pinned, in_tiers, used, capacity, counted), state]
         out += [t.clone() if role == ROLES[1] else t for t in shared]  # outputs must not share storage
     return out
