@@ -14,7 +14,6 @@ from torch import Tensor
 from .packing import BLOCK
 from .state import IN_TIER, OFFSET, PINNED, STATE_COLUMNS
 
-
 PART = 32
 """Tokens that a program moves at once."""
 

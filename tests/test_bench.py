@@ -148,7 +148,10 @@ def test_break_even():
 
 @pytest.mark.parametrize(
     "option, value, word",
-    [("--cases", "4", "4"), ("--cases", "1x4+", "1x4+"), ("--cases", "0x5", "0x5"), ("--methods", "best", "best"), ("--model", "/no/such", "such")],
+    [
+        ("--cases", "4", "4"), ("--cases", "1x4+", "1x4+"), ("--cases", "0x5", "0x5"), ("--methods", "best", "best"),
+        ("--model", "/no/such", "such"),
+    ],  # fmt: skip
 )
 def test_what_is_wrong_is_named(option, value, word):
     result = run(option, value)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minikv_compile import MiniKVBackend, MiniKVConfig, cache_report
 from minikv_compile.budget import in_tokens
-from minikv_compile.ops import align_rows, compress_prompt, dequantize, fields, tier_names, kept_mask, take_tokens
+from minikv_compile.ops import align_rows, compress_prompt, dequantize, fields, kept_mask, take_tokens, tier_names
 from minikv_compile.policy import POLICIES, Policy, Prompt, important_tokens, select, within_budget
 
 from .helpers import compiled, greedy, make_backend, prompt, tiny

@@ -18,8 +18,9 @@ def test_readme_is_up_to_date():
 
 def test_what_failed_and_what_fitted_is_shown(tmp_path):
     about = {"shape": "s", "layers": 2, "device": "d", "versions": {"torch": "t"}, "date": "now", "command": "c"}
-    dense = {"method": "dense", "batch": 1, "prompt": 1024, "per_token": 3.0, "first_token": 2.0, "decode_peak": 0, "cache_bytes": 8}
-    rows = [dense, {**dense, "method": "ours", "per_token": 2.0, "cache_bytes": 2}, {"method": "x", "batch": 1, "prompt": 1024, "failed": "no"}]
+    case = {"batch": 1, "prompt": 1024}
+    dense = {**case, "method": "dense", "per_token": 3.0, "first_token": 2.0, "decode_peak": 0, "cache_bytes": 8}
+    rows = [dense, {**dense, "method": "ours", "per_token": 2.0, "cache_bytes": 2}, {**case, "method": "x", "failed": "no"}]
     (tmp_path / "end_to_end.json").write_text(json.dumps({**about, "results": rows}))
     fitted = {"method": "ours", "what": "batch", "prompt": 1024, "planned": 7, "fits": 6, "too_many": 7, "planned_bytes": 100,
               "peak_bytes": 98, "failed": ""}  # fmt: skip

@@ -5,8 +5,10 @@ import torch
 
 from minikv_compile.kernels.select import bitmask_reference, bitmask_triton, highest_reference, highest_triton
 
+SIZES = [(1, 1), (7, 0), (700, 200), (5000, 4999), (9000, 1), (40000, 3000), (4097, 64), (16384, 64), (9000, 7)]
 
-@pytest.mark.parametrize("n, count", [(1, 1), (7, 0), (700, 200), (5000, 4999), (9000, 1), (40000, 3000), (4097, 64), (16384, 64), (9000, 7)])
+
+@pytest.mark.parametrize("n, count", SIZES)
 def test_matches_reference(device, n, count):
     """Few of many are chosen in two launches."""
     scores = torch.rand(3, n + 9, device=device)[:, 4 : n + 4]
