@@ -160,7 +160,7 @@ STUDIES: dict[str, Study] = {
         "Which precision do important and demoted tokens need, with and without balancer?",
         each(
             "mikv:important_bits={important}:bits={bits}:balancer={balancer}",
-            important=(16, 8, 4), bits=(2, 4), balancer=("true", "false"),
+            important=(16, 8, 4), bits=(2, 4), balancer=("mikv", "none"),
         )
         + (h2o(410), h2o(655), "default", "small"),
         x=BYTES,

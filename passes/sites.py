@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,9 +50,8 @@ def where(node: Node) -> str:
 
 def clean_path(path: str) -> str:
     """L['self']._modules['model']... -> model...."""
-    for noise in ("L['self'].", "L['self']", "L['fn'].", "_modules['", "']"):
-        path = path.replace(noise, "")
-    return path
+    path = re.sub(r"^L\['(self|fn|args)'\](\[\d+\])?\.?", "", path)  # where the traced frame has the model
+    return path.replace("_modules['", "").replace("']", "")
 
 
 def is_site(node: Node) -> bool:

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from minikv_compile.cli import app
-from minikv_compile.config import PRESETS, MiniKVConfig
+from minikv_compile.config import MiniKVConfig
 from minikv_compile.measure import parse_method
 from minikv_compile.persistence import STEPS, persistence
 from minikv_compile.results import Cell, beside, read_cells
@@ -29,23 +29,20 @@ from minikv_compile.study import Settings, cannot, line_of, run_study, write_stu
 
 from .test_evaluate import OTHER, model  # noqa: F401
 
-SOON = {"mikv"}
-"""Presets that studies name and that are not there yet."""
-
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_names_methods_that_there_are(name):
     study = STUDIES[name]
     assert len(set(study.methods)) == len(study.methods)
     for method in study.methods:
-        if method.split(":")[0] not in SOON - PRESETS.keys() and study.kind != PERSISTENCE:
+        if study.kind != PERSISTENCE:
             assert cannot(method) is None, method
             assert x_of(method, study.x, 4096, 0.2) >= 0
             assert line_of(method, study.x)
     assert study.needs_gpu == bool(study.shapes)
 
 
-@pytest.mark.parametrize("name", [name for name, study in STUDIES.items() if study.kind == SCORES and name not in SOON])
+@pytest.mark.parametrize("name", [name for name, study in STUDIES.items() if study.kind == SCORES])
 def test_lines_have_points_at_different_places(name):
     """Methods of one line differ in what is drawn over."""
     study = STUDIES[name]
