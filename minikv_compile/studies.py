@@ -83,7 +83,7 @@ def is_other(method: str) -> bool:
 BUDGETS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 POLICIES = ("observation_window", "key_outlier", "heavy_hitter", "q_hitter", "key_norm", "recent", "random")
 OURS = (
-    "default", "small", "tiny", "hybrid", "minikv", "minikv:policy=observation_window",
+    "default", "small", "tiny", "hybrid", "mikv", "mikv4", "minikv", "minikv:policy=observation_window",
     "minikv:policy=observation_window:heavy=0.5:recent=0.0",
 )  # fmt: skip
 
