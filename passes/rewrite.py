@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from .. import compat, ops
 from ..buffers import Buffers
@@ -21,10 +20,11 @@ from ..ops import ROLES
 from ..rotation import rotation_matrix
 from ..tensor import SEQ, KVTensor
 from . import fixed, functional, static
-from .graph import argument, callee, erase_dead, example, is_call, is_getitem, same, shape, size_getter
+from .graph import callee, erase_dead, example, is_call, is_getitem, same, shape, size_getter
 from .layers import Layers, number
 from .masks import Predicate, read_mask, reduces_to_padding
 from .sites import NotKept, NotTaken, Site, outputs, read_site, sites_in, where
+from .sizes import lower_sizes
 from .writes import Write
 
 log = logging.getLogger("minikv")
@@ -133,7 +133,7 @@ class Rewriter:
         self._rows: dict[Node, tuple[Node, ...]] = {}
 
     def run(self) -> Rewritten:
-        self._lower_sizes()
+        lower_sizes(self)
         calls = sites_in(self.graph)
         self._check_configuration()
         layers = number(self, calls)
@@ -393,45 +393,6 @@ class Rewriter:
             self.result.fields[node] = (kv, name)
         return self._fields[kv, name]
 
-    def _lower_sizes(self) -> None:
-        """Sizes that the graph reads off a `KVTensor`, or off what it grows to, come from its length."""
-        for kv in self.originals:
-            if not isinstance(example(kv), KVTensor):
-                continue
-            grown = [user for user in kv.users if _appends(user, kv)]
-            for tensor in (kv, *grown):
-                for reader in [user for user in tensor.users if is_call(user, "numel", "size")]:
-                    self._lower_size(reader, kv)
-
-    def _lower_size(self, reader: Node, kv: Node) -> None:
-        """Replace one `size` or `numel` of `kv`, or of a `cat` that begins with it."""
-        tensor = reader.args[0]
-
-        def size(dim: int) -> Any:
-            seq = example(kv).seq
-            if dim % 4 != seq:
-                extent, held = shape(tensor)[dim % 4], {0: 0, 3: 3}.get(dim % 4, 1)
-                return extent if isinstance(extent, int) else self.graph.call_method("size", (self.field(kv, "dense"), held))
-            length = self.field(kv, "length")
-            if tensor is kv:
-                return length
-            new = argument(tensor, 0, "tensors")[1]
-            n = shape(new)[seq]
-            n = n if isinstance(n, int) else self.graph.call_method("size", (new, seq))
-            return self.graph.call_function(operator.add, (length, n))
-
-        with self.graph.inserting_before(reader):
-            if is_call(reader, "numel"):
-                replace_uses(reader, reduce(lambda a, b: self.graph.call_function(operator.mul, (a, b)), map(size, range(4))))
-            elif (dim := argument(reader, 1, "dim")) is not None:
-                replace_uses(reader, size(dim))
-            else:
-                for item in [u for u in reader.users if is_getitem(u) and isinstance(u.args[1], int)]:
-                    replace_uses(item, size(item.args[1]))
-                    self.graph.erase_node(item)
-        if not reader.users:  # else size() is used as a whole: the site will be reported
-            self.graph.erase_node(reader)
-
     def _replace_output(self, stored: Node, by: Made | Longer | static.Born) -> None:
         self.result.outputs = [by if out is stored else out for out in self.result.outputs]
 
@@ -511,19 +472,6 @@ def _item(values: Sequence[Any], index: int) -> Any:
 
 def _first_columns(mask: torch.Tensor, columns: int) -> torch.Tensor:
     return mask[:, :columns]
-
-
-def _appends(node: Node, kv: Node) -> bool:
-    """Whether `node` appends to `kv`."""
-    operands = argument(node, 0, "tensors") if is_call(node, "cat") else ()
-    return len(operands) == 2 and operands[0] is kv and argument(node, 1, "dim", 0) % 4 == example(kv).seq
-
-
-def replace_uses(node: Node, by: Node | int) -> None:
-    """`Node.replace_all_uses_with`, for constants too."""
-    for user in list(node.users):
-        user.args = map_arg(user.args, lambda n: by if n is node else n)
-        user.kwargs = map_arg(user.kwargs, lambda n: by if n is node else n)
 
 
 def other_reader(node: Node, site: tuple[Node, ...]) -> Node | None:
