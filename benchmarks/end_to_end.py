@@ -5,8 +5,8 @@ python benchmarks/end_to_end.py bench --cases 1x128k,16x32k --methods dense,defa
     --minutes 6 --json benchmarks/results/end_to_end.json
 python benchmarks/end_to_end.py bench --cases 1x1k+2k+4k+8k --methods dense,default --steps 32 --minutes 2 \
     --json benchmarks/results/short.json
-python benchmarks/end_to_end.py bench --cases 1x32k --methods dense,transformers,static,quanto,kvpress-snapkv:kept=0.2,\
-kvpress-pyramidkv:kept=0.2,default@dynamic --steps 16 --minutes 3 --json benchmarks/results/peers.json
+python benchmarks/end_to_end.py bench --cases 1x32k --methods dense,transformers,static,quanto,kvpress-snapkv:ratio=0.8,\
+kvpress-pyramidkv:ratio=0.8,default@dynamic --steps 16 --minutes 3 --json benchmarks/results/peers.json
 python benchmarks/end_to_end.py capacity --methods dense,default --memory 24GB --prompt 32k --probes 2 \
     --json benchmarks/results/capacity.json
 """

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from . import presses
+from .config import ConfigError
 from .decoders import WARM_UP, Decoder, Dense, Dynamic, Eager, Fixed, Pressed, Quanto, Static, captured
 from .measure import parse_method
+from .peers import parse_peer
 from .plan import parse_tokens
 
 DENSE, TRANSFORMERS, STATIC, QUANTO = "dense", "transformers", "static", "quanto"
-"""Methods that are not ours: `Dense`, `Eager`, `Static`, `Quanto`; and those of `presses`."""
+"""Methods that are not ours: `Dense`, `Eager`, `Static`, `Quanto`; and kvpress's (`peers`)."""
 DYNAMIC = "@dynamic"
 """Ends the name of a method of ours on a `DynamicCache`."""
 ARCHITECTURES = "llama", "mistral", "qwen3"
@@ -171,17 +172,21 @@ def check_method(method: str) -> None:
     """
     Raises:
         ConfigError: no method, or a preset that cannot be changed so.
-        ValueError: no share of kvpress's.
+        PeerError: a setting of kvpress's without a value.
         ImportError: what the method needs is not installed.
     """
     if method == QUANTO and find_spec("optimum") is None:
         raise ImportError(f"the method {QUANTO!r} needs optimum-quanto: pip install 'minikv-compile[benchmark]'")
-    if method.partition(":")[0] in presses.PRESSES:
-        presses.kept_share(method)
-        if not presses.is_installed():
-            raise ImportError(f"the method {method!r} needs kvpress: pip install --no-deps kvpress")
-    elif method not in (DENSE, TRANSFORMERS, STATIC, QUANTO):
-        parse_method(method.removesuffix(DYNAMIC))
+    if method in (DENSE, TRANSFORMERS, STATIC, QUANTO):
+        return
+    peer = parse_peer(method)
+    if peer is None:
+        if parse_method(method.removesuffix(DYNAMIC)) is None:
+            raise ConfigError(f"{method!r}: the dense decoders here are {DENSE!r}, {TRANSFORMERS!r} and {STATIC!r}.")
+    elif not peer.drops:
+        raise ConfigError(f"{method!r}: of transformers' quantized caches, {QUANTO!r} alone is timed.")
+    elif find_spec("kvpress") is None:
+        raise ImportError(f"the method {method!r} needs kvpress: pip install --no-deps kvpress")
 
 
 def check_model(model: Any, methods: list[str]) -> None:
@@ -203,8 +208,8 @@ def decoder_of(method: str, model: Any, batch: int, longest: int, settings: Sett
         return Static(model, batch, longest, settings.room, inner, options)
     if method in (TRANSFORMERS, QUANTO):
         return (Eager if method == TRANSFORMERS else Quanto)(model, batch)
-    if method.partition(":")[0] in presses.PRESSES:
-        return Pressed(model, batch, method)
+    if (peer := parse_peer(method)) is not None:
+        return Pressed(model, batch, peer)
     config = parse_method(method.removesuffix(DYNAMIC))
     if method.endswith(DYNAMIC):
         return Dynamic(model, config, batch, inner)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from .kernels.packing import BLOCK
+
 if TYPE_CHECKING:
     from .config import MiniKVConfig
 
@@ -115,7 +117,9 @@ def most_kept(length: int, layer: int, layers: int, config: MiniKVConfig) -> int
     if not config.drops:
         return length
     lengths = [length >> i for i in range(length.bit_length())]
-    return max(sum(budget(n, layer, layers, config)) for n in lengths)
+    # Shorter prompts are kept whole (`policy.select`, `minikv::compress`).
+    whole = max(config.min_prompt, config.pinned(config.important_tokens(length)) + config.window + BLOCK) - 1
+    return max(min(length, whole), *(sum(budget(n, layer, layers, config)) for n in lengths))
 
 
 def covering(scores: Tensor, share: float) -> int:

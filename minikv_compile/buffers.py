@@ -167,10 +167,10 @@ def _(
     return q.new_empty(q.shape)
 
 
-@custom_op("minikv::seek", mutates_args=("key_state", "value_state", "important", "kept", "length"))
+@custom_op("minikv::seek", mutates_args=("key_state", "value_state", "important", "kept", "length", "padding"))
 def seek(
     position: Tensor, key_state: Tensor, value_state: Tensor, important: Tensor, kept: Tensor, length: Tensor,
-    max_length: int, config: str,
+    padding: Tensor, max_length: int, config: str,
 ) -> None:  # fmt: skip
     """Bring a layer's length to the position of the one token that comes, without waiting for the device: what `move_to`
     does on the host.
@@ -196,11 +196,12 @@ def seek(
     first = fixed.first_tokens(settings, max_length, important.device)
     important.copy_(torch.where(again, first, important))
     kept.mul_(~again)
+    padding.mul_(~again)
     length.copy_(position)
 
 
 @seek.register_fake
-def _(position, key_state, value_state, important, kept, length, max_length, config):
+def _(position, key_state, value_state, important, kept, length, padding, max_length, config):
     return None
 
 

@@ -396,6 +396,9 @@ class MiniKVCache(Cache):
             raise ValueError(
                 f"Rows of a {strange[0]} cannot be copied: only caches of MiniKVLayers can be put together."
             )
+        mine, theirs = ([[t.shape[1:] for t in layer.tensors()] for layer in cache.layers] for cache in (self, other))
+        if mine != theirs:
+            raise ValueError("Caches differ in their model, or in max_new_tokens: rows of one do not fit the other.")
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and text only: `torch.save` it, and `torch.load(weights_only=True)`.

@@ -37,7 +37,7 @@ METHODS = f'"{FULL}" (the dense cache) or a preset ({", ".join(PRESETS)}), chang
 MODELS = f"A named shape ({', '.join(SHAPES)}), or path or name of a Hugging Face causal LM."
 DECODERS = (
     f'Comma-separated: "{DENSE}" (the fastest in plain PyTorch), "{TRANSFORMERS}" (as it is), "{STATIC}" (its StaticCache '
-    f'under torch.compile), "{QUANTO}" (its QuantizedCache, 2 bits), "kvpress-snapkv:kept=0.2" or "kvpress-pyramidkv", or '
+    f'under torch.compile), "{QUANTO}" (its QuantizedCache, 2 bits), "kvpress-snapkv:ratio=0.8" or "kvpress-pyramidkv", or '
     f"a preset ({', '.join(PRESETS)}), changed or not, on a MiniKVCache, or with {DYNAMIC} at its end on a DynamicCache."
 )
 MEASURED = f'{METHODS}; with --feed also {", ".join(PEERS)}, as in "kvpress-snapkv:ratio=0.5", "hqq:bits=4"'

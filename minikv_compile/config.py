@@ -214,8 +214,8 @@ class MiniKVConfig:
         - `minikv`: the paper's arithmetic and budgets (MiniKV section 4): 2 bits, group 16, 25% heavy hitters + 25%
           recent, pyramid of depth 7. About 14% at 8K. Drops half of the prompt: facts can be lost.
         - `mikv`: MiKV's (section 4): 20% of the prompt, heavy hitters and the newest, at 16 bits, the rest at 2, in groups of
-          half a head along channels, balanced; nothing dropped. 32.5% of dense (head_dim 128), 35% (64).
-        - `mikv4`: the same with heavy hitters at 4 bits. 18% of dense (head_dim 128), 21% (64), and the newest tokens.
+          half a head along channels, balanced; nothing dropped. 33% of dense at 8K (head_dim 128), 36% (64).
+        - `mikv4`: the same with heavy hitters at 4 bits. 20% of dense at 8K (head_dim 128), 23.5% (64).
         - `hybrid`: drops a quarter of the prompt, packs most of the rest at 2 bits, and holds the 128 furthest outliers of
           each KV head unquantized. About 15% at 8K.
         - `small`: `default` without a quarter of the prompt, and with a smaller window. About 14% at 8K.

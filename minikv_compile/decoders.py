@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
-from . import compat, presses
+from . import compat
 from .backend import MiniKVBackend
 from .cache import MiniKVCache
 from .config import MiniKVConfig
+from .peers import Peer, pressed
 from .plan import held_bytes
 from .report import cache_report
 
@@ -248,12 +249,12 @@ class Eager(Decoder):
 class Pressed(Eager):
     """kvpress: drops tokens at the end of the prompt, in the model's dtype."""
 
-    def __init__(self, model: Any, batch: int, method: str):
+    def __init__(self, model: Any, batch: int, peer: Peer):
         super().__init__(model, batch)
-        self.press = presses.make_press(method)
+        self.press = peer.press()
 
     def prefill(self, row: int, ids: Tensor) -> None:
-        with presses.pressed(self.model, self.press):
+        with pressed(self.model, self.press):
             super().prefill(row, ids)
 
 

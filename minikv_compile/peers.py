@@ -56,7 +56,7 @@ class Peer:
         """
         plain = model.forward
         try:
-            press = None if self.name in AXES else self._press()
+            press = self.press() if self.drops else None
             make = DynamicCache if press else self._quantized(model)
         except (ImportError, TypeError, ValueError, AssertionError) as error:
             raise PeerError(f"{self.name}: {error}") from error
@@ -66,14 +66,20 @@ class Peer:
             cache = make() if past_key_values is None else past_key_values
             past, n = getattr(cache, "tokens_read", 0), input_ids.shape[1]
             positions = torch.arange(past, past + n, device=input_ids.device).expand(len(input_ids), -1)
-            with _pressed(model, press) if press else nullcontext():
+            with pressed(model, press) if press else nullcontext():
                 out = plain(input_ids=input_ids, past_key_values=cache, position_ids=positions, **kwargs)
             cache.tokens_read = past + n
             return out
 
         return read
 
-    def _press(self) -> Any:
+    @property
+    def drops(self) -> bool:
+        """Whether it is one of kvpress's."""
+        return self.name not in AXES
+
+    def press(self) -> Any:
+        """kvpress's object."""
         module = _kvpress(self.name.removeprefix("kvpress-"))
         settings = dict(self.settings)
         ratio = settings.pop("ratio", 0.5)
@@ -172,7 +178,7 @@ def _cache_of(kwargs: dict) -> Any:
 
 
 @contextmanager
-def _pressed(model: Any, press: Any) -> Iterator[None]:
+def pressed(model: Any, press: Any) -> Iterator[None]:
     """What `press(model)` does, for transformers that pass neither `cache_position` nor `past_key_values` to attention."""
 
     def compress(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:

@@ -192,7 +192,7 @@ class KVTensor(DenseOnUse):
         another living tensor looks into it.
         """
         length = self.length + n
-        fits = max(self.occupancy.behind_pinned(length)) <= self.occupancy.room(self.dense.shape[SEQ])
+        fits = max(self.occupancy.behind_pinned(length)) <= self._room()
         if fits and not self.occupancy.shared and not self.occupancy.oversized:
             return self
         with compat.outside_inference_mode():
@@ -201,11 +201,17 @@ class KVTensor(DenseOnUse):
                 kv._flush(n, kv.config.room)
                 kv._resize_dense(n)
             elif not fits:
-                room = kv.occupancy.room(kv.dense.shape[SEQ])
+                room = kv._room()
                 kv._flush(n, room)
                 if max(kv.occupancy.behind_pinned(length)) > room:
                     kv._resize_dense(n)
             return kv
+
+    def _room(self) -> int:
+        """Tokens that the dense region may hold behind the pinned ones. Where rows differ in these, not all that there is
+        space for: a row flushes when it would alone."""
+        alike = not self.config.counts_vary or self.occupancy.oversized
+        return self.occupancy.room(self.dense.shape[SEQ]) if alike else self.config.room
 
     def _flush(self, n: int, room: int) -> None:
         """In the rows whose dense region could not hold `n` more in `room` tokens behind the pinned ones, quantize what is

@@ -69,7 +69,8 @@ def desugar(
     boundary.stores = rewritten.stores
     boundary.rooms = [
         tuple([places[tensor] for tensor in held] for held in node.args[:2])
-        for node in graph.nodes if node.target is minikv.make_room.default and set(node.all_input_nodes) <= set(places)
+        for node in graph.nodes
+        if node.target is minikv.make_room.default and {t for held in node.args[:2] for t in held} <= set(places)
     ]  # fmt: skip
     return inputs, boundary
 

@@ -198,7 +198,7 @@ def _rewrite(
         k, v = (rewriter._heads_first(write) for write in (key, value))
         if on_device:
             states = held[0][fixed.STATE], held[1][fixed.STATE]
-            graph.call_function(minikv.seek.default, (position.index, *states, *held[2:5], room, text))
+            graph.call_function(minikv.seek.default, (position.index, *states, *held[2:6], room, text))
         if one:
             step = graph.call_function(minikv.update.default, (k, v, *held, room, text))
         else:

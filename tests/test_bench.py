@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from minikv_compile import bench, presses
+from minikv_compile import bench
 from minikv_compile.cli import app
 from minikv_compile.plan import Planner
 from minikv_compile.shapes import load_config, random_model
@@ -121,19 +121,18 @@ def test_quanto():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", list(presses.PRESSES))
+@pytest.mark.parametrize("method", ["kvpress-snapkv", "kvpress-pyramidkv"])
 def test_kvpress_keeps_its_share(method):
     pytest.importorskip("kvpress")
-    (figures,) = bench.run(f"{method}:kept=0.25", small(), bench.Case(2, [512]), EAGER)
+    (figures,) = bench.run(f"{method}:ratio=0.75", small(), bench.Case(2, [512]), EAGER)
     dense = 2 * 2 * 2 * 2 * 512 * 32 * 4
     assert figures.cache_bytes / dense == pytest.approx(0.25, rel=0.15)
 
 
-def test_a_share_of_kvpress():
-    assert presses.kept_share("kvpress-snapkv:kept=0.2") == 0.2 and presses.kept_share("kvpress-snapkv") == 0.5
-    for wrong in ("kvpress-snapkv:kept=2", "kvpress-snapkv:0.5", "kvpress-snapkv:kept=x"):
-        with pytest.raises(ValueError, match="kept"):
-            presses.kept_share(wrong)
+@pytest.mark.parametrize("method", ["full", "full@dynamic", "hqq:bits=4", "kvpress-snapkv:ratio", "best"])
+def test_what_is_no_method(method):
+    with pytest.raises(ValueError, match=method.partition(":")[0].partition("@")[0]):
+        bench.check_method(method)
 
 
 def test_break_even():

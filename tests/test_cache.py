@@ -764,3 +764,35 @@ def test_new_tokens_change_nothing_where_none_is_dropped():
     model = tiny(layers=1)
     sizes = [[t.shape for t in MiniKVCache(model, 1300, max_new_tokens=n).layers[0].tensors()] for n in (None, 10)]
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("length, new, heavy, window, min_prompt", [(1000, 300, 0.1, 64, 1024), (400, 600, 0.02, 256, 0)])
+def test_room_for_short_prompts_that_are_kept_whole(length, new, heavy, window, min_prompt):
+    config = MiniKVConfig(policy="recent", heavy=heavy, window=window, min_prompt=min_prompt)
+    layer = MiniKVLayer(config, 2300, 1, 2, 16, torch.float32, torch.device("cpu"), max_new_tokens=new)
+    layer.update(*torch.randn(2, 1, 2, length, 16))
+    for _ in range(new):
+        minikv.make_room(layer.key, layer.value, [layer.length], layer.padding, 1, None, None, config.to_json())
+    assert int(layer.length) == length + new
+
+
+def test_rows_of_caches_with_other_room():
+    model = tiny(layers=1)
+    one, other = (MiniKVCache(model, 1300, config="minikv", max_new_tokens=n) for n in (None, 100))
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        one.write_rows(0, other)
+
+
+def test_the_boundary_knows_what_makes_room():
+    """Also where the mask is made in the graph, not given to it."""
+    model, boundaries = tiny(), []
+    backend = MiniKVBackend(MiniKVConfig(), "eager")
+    compile_graph = backend.__call__
+
+    def watched(module, inputs, **kwargs):
+        boundaries.append(compile_graph(module, inputs, **kwargs))
+        return boundaries[-1]
+
+    model.forward = torch.compile(model.forward, backend=watched)
+    steps(model, prompt(310), 300, MiniKVCache(model, 400))
+    assert [len(boundary.rooms) for boundary in boundaries] == [0, 1]

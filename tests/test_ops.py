@@ -159,7 +159,15 @@ def test_opcheck_padding_of():
 def test_opcheck_seek():
     layer, config, _, _ = fixed_layer("default")
     opcheck(minikv.seek, torch.tensor([300]), layer.key[-1], layer.value[-1], layer.important, layer.kept, layer.length,
-            400, config)  # fmt: skip
+            layer.padding, 400, config)  # fmt: skip
+
+
+def test_seek_to_the_start_forgets_the_padding():
+    layer, config, _, _ = fixed_layer("default")
+    layer.padding.fill_(5)
+    minikv.seek(torch.tensor([0]), layer.key[-1], layer.value[-1], layer.important, layer.kept, layer.length, layer.padding, 400,
+                config)  # fmt: skip
+    assert int(layer.length) == 0 == int(layer.padding.sum())
 
 
 @pytest.mark.parametrize("start", [0, 300])
