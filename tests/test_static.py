@@ -795,7 +795,7 @@ def held(layer):
 
 def seek(layer, config, position):
     key, value, *rest = held(layer)
-    minikv.seek(torch.tensor([position]), key[fixed.STATE], value[fixed.STATE], *rest[:3], 400, config)
+    minikv.seek(torch.tensor([position]), key[fixed.STATE], value[fixed.STATE], *rest, 400, config)
 
 
 def test_seek_goes_on_back_and_to_the_start():
