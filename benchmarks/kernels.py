@@ -371,7 +371,7 @@ def flush_row(bench: Benchmark, batch: int) -> None:
     def run():
         for role, tier, x, state in zip(ops.ROLES, tiers, dense, states, strict=True):
             state[:, :3] = 0
-            torch.ops.minikv.flush(*tier, x, state, capacity, 1, config.room, 1, role, config.to_json())
+            ops.flush(tier, x, state, capacity, 1, config.room, 1, role, config)
 
     launched = bench.timer([run], graph=False)
     captured = bench.timer([run])

@@ -299,7 +299,7 @@ def _flush(
     if config.drops:
         leaving = flush.plan_reference(state, 0, n, space, config.window, blocks)[0]
         require((state[:, IN_TIER] + leaving <= tensors[0].shape[2] * BLOCK).all(), FULL_TIER)
-    ops.flush(*tensors[:3], dense, state, 0, n, space, blocks, role, config.to_json(), balancer)
+    ops.flush(tensors[:3], dense, state, 0, n, space, blocks, role, config, balancer)
 
 
 def check_step(mask: Tensor | None, length: Tensor, padding: Tensor, n: int, max_length: int) -> None:

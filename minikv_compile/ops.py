@@ -374,36 +374,31 @@ def decode_attention_in_graph(
     )  # fmt: skip
 
 
-@custom_op("minikv::flush", mutates_args=("codes", "scale", "zero", "dense", "state"))
 @without_autocast
 def flush(
-    codes: Tensor, scale: Tensor, zero: Tensor, dense: Tensor, state: Tensor, length: int, n: int, room: int,
-    blocks: int, role: str, config: str, balancer: Tensor | None = None,
+    tier: Sequence[Tensor], dense: Tensor, state: Tensor, length: int, n: int, room: int, blocks: int, role: str,
+    config: MiniKVConfig, balancer: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Move the oldest tokens of full rows' dense regions that are neither pinned nor window into the tier, in whole
-    blocks (`blocks_to_flush`, on the device).
+    blocks (`blocks_to_flush`, on the device). No graph calls it by itself, so it is no custom op, which would cost more on
+    the host than its launches.
 
     Args:
+        tier: codes, scale and zero. dense, state: like these, written in place.
         length: logical tokens. n, room: rows that could not hold `n` more in `room` tokens behind the pinned ones are full.
         blocks: the most that any row moves. The tier has room for them.
         role: "key" or "value". balancer: of keys, if they are balanced.
     """
-    settings = MiniKVConfig.from_json(config)
     dim = dense.shape[-1]
-    group, axis = grouping(settings, role, dim)
+    group, axis = grouping(config, role, dim)
     counted = torch.zeros(dense.shape[0], dense.shape[2], dtype=torch.int32, device=dense.device), state[:, NOT_FINITE]
-    plan = flush_kernels.plan(state, length, n, room, settings.window, blocks)
+    plan = flush_kernels.plan(state, length, n, room, config.window, blocks)
     compress.compress(
-        dense, None, plan[3], plan[0], blocks, settings.bits, group, axis, role,
-        rotation_matrix(settings.rotation, dim, dense.device), settings.clip, out=(codes, scale, zero),
-        first_block=plan[1], counted=counted, balancer=balancer,
+        dense, None, plan[3], plan[0], blocks, config.bits, group, axis, role,
+        rotation_matrix(config.rotation, dim, dense.device), config.clip, out=tuple(tier), first_block=plan[1],
+        counted=counted, balancer=balancer,
     )  # fmt: skip
     flush_kernels.move_up(dense, state, plan)
-
-
-@flush.register_fake
-def _(codes, scale, zero, dense, state, length, n, room, blocks, role, config, balancer=None):
-    return None
 
 
 def kept_mask(kept: Tensor, state: Tensor, length: int) -> Tensor:

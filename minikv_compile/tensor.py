@@ -227,10 +227,8 @@ class KVTensor(DenseOnUse):
         if needed > self.codes.shape[SEQ]:
             for name in ("codes", "scale", "zero"):
                 setattr(self, name, _resized(getattr(self, name), needed + needed // 64))
-        torch.ops.minikv.flush(
-            self.codes, self.scale, self.zero, self.dense, self.state, length, n, room, max(blocks), self.role,
-            config.to_json(), self.balancer,
-        )  # fmt: skip
+        tier = self.codes, self.scale, self.zero
+        ops.flush(tier, self.dense, self.state, length, n, room, max(blocks), self.role, config, self.balancer)
         occupancy.blocks = [b + new for b, new in zip(occupancy.blocks, blocks, strict=True)]
         occupancy.offsets = [o + new * BLOCK for o, new in zip(occupancy.offsets, blocks, strict=True)]
 

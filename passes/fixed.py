@@ -135,7 +135,7 @@ def _prefill(
         out, scores = rewriter._call(
             minikv.prefill_attention.default, (site.query, *call.args[:2], *rows, site.scale, observed), 2
         )
-    site.node.replace_all_uses_with(out)
+    rewriter.replace(site.node, out)
     call.update_arg(2, None if observed is None else scores)
     scores.append(call)
     erase_dead(graph, [site.node], site.nodes)
@@ -215,5 +215,5 @@ def decode(rewriter: Rewriter, site: Site, call: Node, mask: Node | None, place:
                 (site.query, k, v, key, value, length, padding, mask, limit, site.scale, text),
             )
     out.meta["example_value"] = example(site.node)
-    site.node.replace_all_uses_with(out)
+    rewriter.replace(site.node, out)
     erase_dead(graph, [site.node], (*site.nodes, call))

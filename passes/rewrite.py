@@ -243,7 +243,7 @@ class Rewriter:
             with self.graph.inserting_before(site.node):
                 args = (site.query, k, v, *rows, site.scale, observed)
                 out, scores = self._call(minikv.prefill_attention.default, args, 2)
-            site.node.replace_all_uses_with(out)
+            self.replace(site.node, out)
         else:
             site = self.without_mask(site, k, v)
         with self.graph.inserting_after(site.node if scores is None else scores):
@@ -258,7 +258,7 @@ class Rewriter:
             self._replace_output(slot.stored, Made(role, tuple(fields), tuple(nodes), length, site.layer, slot.seq))
             if slot.stored is not slot.new:
                 empty = slot.stored
-                empty.replace_all_uses_with(slot.new)
+                self.replace(empty, slot.new)
                 erase_dead(self.graph, [empty])
         if scores is not None:
             erase_dead(self.graph, [site.node], site.nodes)
@@ -285,7 +285,7 @@ class Rewriter:
                 ),
             )  # fmt: skip
         out.meta["example_value"] = example(site.node)
-        site.node.replace_all_uses_with(out)
+        self.replace(site.node, out)
         for slot in (key, value):
             longer = Longer(self.originals.index(slot.past), shape(slot.new)[slot.seq], site.layer)
             self._replace_output(slot.stored, longer)
@@ -319,7 +319,7 @@ class Rewriter:
         with self.graph.inserting_before(site.node):
             out = self.graph.call_function(causal_attention, (site.query, key, value, site.scale))
         out.meta.update(site.node.meta)
-        site.node.replace_all_uses_with(out)
+        self.replace(site.node, out)
         erase_dead(self.graph, [site.node], site.nodes)
         return replace(site, node=out, nodes=(out,), masks=())
 
@@ -393,7 +393,12 @@ class Rewriter:
             self.result.fields[node] = (kv, name)
         return self._fields[kv, name]
 
-    def _replace_output(self, stored: Node, by: Made | Longer | static.Born) -> None:
+    def replace(self, node: Node, by: Node) -> None:
+        """`by` in the place of `node`, also where the graph returns it."""
+        node.replace_all_uses_with(by)
+        self._replace_output(node, by)
+
+    def _replace_output(self, stored: Node, by: Node | Made | Longer | static.Born) -> None:
         self.result.outputs = [by if out is stored else out for out in self.result.outputs]
 
     def _detach_output(self) -> None:
@@ -454,7 +459,7 @@ class Rewriter:
                 if kv.seq != SEQ:
                     dense = self.graph.call_method("transpose", (dense, kv.seq, SEQ))
             dense.meta["example_value"] = kv.dense.new_empty(kv.shape)
-            node.replace_all_uses_with(dense)
+            self.replace(node, dense)
 
 
     def _warn_dense(self, node: Node, why: str) -> None:

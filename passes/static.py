@@ -214,7 +214,7 @@ def _rewrite(
     else:
         fixed.count_not_finite(rewriter, site, held[:2], stores=True)
         out.meta["example_value"] = example(site.node)
-        site.node.replace_all_uses_with(out)
+        rewriter.replace(site.node, out)
         erase_dead(graph, [site.node], site.nodes)
     pair = Pair(
         key=None if key.is_born else originals.index(key.buffer),

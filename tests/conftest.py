@@ -32,3 +32,12 @@ def fresh(monkeypatch):
     torch.manual_seed(0)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def each_device(request):
+    """The test runs once with everything that it makes on the CPU, and once on a GPU."""
+    if request.param != "cpu":
+        torch.set_default_device(request.param)
+    yield torch.device(request.param)
+    torch.set_default_device(None)

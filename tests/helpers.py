@@ -1,5 +1,6 @@
 """Tiny models with random weights, and what most tests do with them."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 import transformers
@@ -9,6 +10,9 @@ from minikv_compile import KVTensor, MiniKVBackend, MiniKVConfig
 
 VOCAB = 97
 PAD = 0  # never drawn as a token
+
+on_cpu = pytest.mark.parametrize("each_device", ["cpu"], indirect=True)
+"""Of tests whose error a GPU raises as an assertion of the device, after which its process can do nothing more."""
 
 ARCHITECTURES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),

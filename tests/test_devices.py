@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from minikv_compile import KVTensor
+from minikv_compile import KVTensor, MiniKVCache, MiniKVConfig, cache_report
 from minikv_compile.rotation import rotation_matrix
 
 from .helpers import compiled, greedy, logits_of, make_backend, prompt, tiny
@@ -35,3 +35,30 @@ def test_what_a_graph_holds_is_on_the_device_of_its_layer():
     """The rotation is one matrix per device."""
     here, there = (rotation_matrix("hadamard", 64, torch.device(name)) for name in ("cpu", "meta"))
     assert (here.device.type, there.device.type) == ("cpu", "meta")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("fixed", [False, True], ids=["dynamic", "fixed"])
+@pytest.mark.parametrize("preset", ["lossless", "default", "minikv"])
+def test_device_map_over_two_gpus(preset, fixed, inner):
+    """Each layer is compressed where it runs, and tokens are those of one device."""
+    model, ids = tiny(layers=4, head_dim=64), prompt(400, batch=2)
+    one = copy.deepcopy(model).to("cuda:0")
+    config = MiniKVConfig.preset(preset)
+
+    def generated(model):
+        cache = MiniKVCache(model, 600, 2, config) if fixed else None
+        torch.compiler.reset()
+        return greedy(compiled(model, make_backend(preset, inner)), ids.to("cuda:0"), 150, past_key_values=cache, disable_compile=True)
+
+    expected = generated(one)
+    parts = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(4)), "model.norm", "model.rotary_emb", "lm_head"]
+    places = {name: int(i > 2) for i, name in enumerate(parts)}
+    got = generated(accelerate.dispatch_model(model, places, main_device=0))
+    assert torch.equal(got.sequences, expected.sequences)
+    layers = got.past_key_values.layers
+    assert [layer.keys.device.index for layer in layers] == [0, 0, 1, 1]
+    assert all(isinstance(layer.keys, KVTensor) for layer in layers)
+    assert cache_report(got.past_key_values).bytes == cache_report(expected.past_key_values).bytes

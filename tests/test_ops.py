@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 
 import minikv_compile.buffers  # noqa: F401  registers its ops
 import minikv_compile.capacity  # noqa: F401  (it has an op)
-from minikv_compile import KVTensor, MiniKVConfig
+from minikv_compile import KVTensor, MiniKVConfig, ops
 from minikv_compile.cache import MiniKVLayer
 from minikv_compile.kernels.packing import BLOCK
 from minikv_compile.kernels.scores import column_scores_reference
@@ -87,18 +87,6 @@ def test_opcheck_decode_attention(preset, new):
     k, v = cache(preset)
     q, n = torch.randn(2, 4, new, 32), torch.randn(2, 2, new, 32)
     opcheck(minikv.decode_attention, q, n, n, tier(k), tier(v), k.dense, v.dense, k.state, 300, 0.2, k.config.to_json())
-
-
-@pytest.mark.parametrize("role", [0, 1])
-@pytest.mark.parametrize("preset", ["default", "minikv", "mikv"])
-def test_opcheck_flush(preset, role):
-    kv = cache(preset, length=600)[role]
-    kv = torch.cat([kv, torch.randn(2, 2, kv.config.room - max(kv.occupancy.behind_pinned(600)), 32)], 2)  # full
-    grown = [torch.cat([t, t], 2) for t in tier(kv)[:3]]
-    opcheck(
-        minikv.flush, *grown, kv.dense, kv.state, kv.shape[2], 1, kv.config.room, 1, kv.role, kv.config.to_json(),
-        kv.balancer,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -414,7 +402,7 @@ def test_flush_moves_whole_blocks_of_full_rows_only():
     """Row 0 has 364 tokens, row 1 has 244: with room for 192 behind 4 sinks and 64 important ones, 64 of them the window."""
     k, _ = cache(length=364, valid=left_padding([364, 244], 364))
     before, dense = k.state.clone(), k.dequantize()
-    minikv.flush(k.codes, k.scale, k.zero, k.dense, k.state, 364, 30, 192, 1, "key", k.config.to_json())
+    ops.flush((k.codes, k.scale, k.zero), k.dense, k.state, 364, 30, 192, 1, "key", k.config)
     # Row 0: 128 packed, 236 dense: 236 + 30 > 260, one block of 104 does not fill. Row 1: 244 dense, 112: neither.
     assert torch.equal(k.state, before) and torch.equal(k.dequantize(), dense)
     k, _ = cache(length=384, valid=left_padding([384, 254], 384))

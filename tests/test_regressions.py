@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache
 
 from minikv_compile import KVTensor, MiniKVConfig, explain, is_active
@@ -186,3 +187,45 @@ def test_a_second_model_that_shares_its_first_parameter_is_active_once_it_ran():
     for model in (first, second):
         greedy(compiled(model, backend), prompt(20), 3)
     assert is_active(first) and is_active(second)
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_graph_that_returns_the_attention_itself(taken):
+    """As where a graph breaks right behind it, or only the attention is compiled."""
+    backend = make_backend(skip_layers=() if taken else (0,))
+
+    @torch.compile(backend=backend)
+    def attend(q, k, v, keys=None, values=None):
+        k, v = 2 * k, 2 * v
+        if keys is not None:
+            k, v = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=keys is None)
+        return out, k, v
+
+    q, k, v = torch.randn(3, 1, 2, 41, 16)
+    expected = F.scaled_dot_product_attention(q, 2 * k, 2 * v, is_causal=True)
+    out, keys, values = attend(*(x[:, :, :40] for x in (q, k, v)))
+    torch.testing.assert_close(out, expected[:, :, :40], rtol=0, atol=1e-5)
+    out, keys, values = attend(*(x[:, :, 40:] for x in (q, k, v)), keys, values)
+    torch.testing.assert_close(out, expected[:, :, 40:], rtol=0, atol=1e-5)
+    assert isinstance(keys, KVTensor) == isinstance(values, KVTensor) == taken
+    torch.testing.assert_close(keys.dequantize() if taken else keys, 2 * k, rtol=0, atol=1e-5)
+
+
+def test_a_compressed_cache_that_is_made_dense_and_returned():
+    """A second backend call whose attention cannot be taken, and that returns the cache: it comes back dense."""
+    backend = make_backend()
+
+    @torch.compile(backend=backend)
+    def attend(q, k, v, keys=None, values=None):
+        if keys is not None:
+            return F.scaled_dot_product_attention(q, keys, values).tanh(), keys, values
+        k, v = 2 * k, 2 * v
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True), k, v
+
+    q, k, v = torch.randn(3, 1, 2, 40, 16)
+    _, keys, values = attend(q, k, v)
+    assert isinstance(keys, KVTensor)
+    out, keys, _ = attend(q[:, :, :1], None, None, keys, values)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q[:, :, :1], 2 * k, 2 * v).tanh(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(keys.dequantize() if isinstance(keys, KVTensor) else keys, 2 * k, rtol=0, atol=1e-5)

@@ -3,6 +3,8 @@
 import copy
 import importlib.util
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from minikv_compile import MiniKVConfig, cache_report, explain, fixed
 from minikv_compile.buffers import GivenBack, make_dense
 from minikv_compile.cache import MiniKVLayer
 
-from .helpers import VOCAB, kinds, make_backend, prompt
+from .helpers import VOCAB, kinds, make_backend, on_cpu, prompt
+
+pytestmark = pytest.mark.usefixtures("each_device")
 
 minikv = torch.ops.minikv
 LAYERS, HEADS, KV_HEADS, DIM, ROOM = 2, 4, 2, 16, 160
@@ -143,7 +147,7 @@ class StaticDecoder(nn.Module):
     def forward(self, ids, positions, start=0):
         x = self.tokens(ids) + self.positions(positions)
         for i, (qkv, out) in enumerate(zip(self.qkv, self.out, strict=True)):
-            heads = qkv(x).unflatten(-1, (-1, DIM)).transpose(1, 2)
+            heads = qkv(x).view(*ids.shape, -1, DIM).transpose(1, 2)
             q, k, v = heads.split([HEADS, KV_HEADS, KV_HEADS], 1)
             x = x + out(self.attend(i, q, k, v, positions, start).transpose(1, 2).flatten(2))
         return self.head(x)
@@ -286,6 +290,7 @@ def test_going_back_within_the_unquantized_tokens():
         same_tokens(run(step, part, part.shape[1], start=start), run(dense, part, part.shape[1], start=start))
 
 
+@on_cpu
 def test_positions_that_no_compressed_buffer_can_go_to():
     model = StaticDecoder(room=400)
     step = torch.compile(model, backend=make_backend("default", buffer=128, window=8))
@@ -398,6 +403,20 @@ def test_a_copy_of_the_model_goes_its_own_way():
     assert twin.k0.layer is twin.v0.layer is not model.k0.layer
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("each_device", ["cpu"], indirect=True)
+def test_a_step_out_of_place_stops_the_device():
+    """In a process of its own: after a device assertion nothing else runs."""
+    code = (
+        "import torch; torch.set_default_device('cuda'); from tests.test_static import *\n"
+        "step = torch.compile(StaticDecoder(), backend=make_backend())\n"
+        "run(step, prompt(40), 40); run(step, prompt(1), start=90); torch.cuda.synchronize()\n"
+    )
+    root = pathlib.Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "assert" in done.stderr
+
+
 # ---- compressed
 
 
@@ -422,6 +441,7 @@ def test_compression_is_that_of_a_minikv_cache():
     assert layer.key[fixed.STATE][0, 2] > 0 and layer.keys.kept_mask().sum() < 360 * KV_HEADS
 
 
+@on_cpu
 def test_a_step_back_is_taken_by_all_layers_or_by_none():
     model = StaticDecoder(room=400)
     step = torch.compile(model, backend=make_backend("default", window=8))
@@ -568,7 +588,7 @@ def test_what_is_not_proved_is_left_alone(write, see, reason):
     assert all_dense(model), kinds(backend)
 
 
-def test_padding():
+def test_padding(each_device):
     """Which tokens are padding, the model keeps as a buffer; what a padding token answers is not specified."""
     model, backend, ids = StaticDecoder(see=padded, batch=2), make_backend(strict=True), prompt(70, batch=2)
     model.register_buffer("keep", torch.ones(2, ROOM, dtype=torch.long))
@@ -578,9 +598,10 @@ def test_padding():
     same_tokens(actual[1, 5:], expected[1, 5:])
     assert kinds(backend) == [["prefill"] * LAYERS, ["decode"] * LAYERS, ["prefill"] * LAYERS] and all_given_back(model)
     assert model.k0.layer.padding.tolist() == [0, 5]
-    model.keep[1, 6] = 0
-    with pytest.raises(ValueError, match="does not fit"):
-        run(torch.compile(model, backend=backend), prompt(1, batch=2), start=70)
+    if each_device.type == "cpu":
+        model.keep[1, 6] = 0
+        with pytest.raises(ValueError, match="does not fit"):
+            run(torch.compile(model, backend=backend), prompt(1, batch=2), start=70)
 
 
 def from_outside(model, q, k, v, positions, start):
@@ -588,7 +609,7 @@ def from_outside(model, q, k, v, positions, start):
 
 
 @pytest.mark.parametrize("additive", [False, True])
-def test_masks_that_come_from_outside_of_the_graph(additive):
+def test_masks_that_come_from_outside_of_the_graph(additive, each_device):
     model, backend, ids = StaticDecoder(see=from_outside, batch=2), make_backend(), prompt(60, batch=2)
 
     def talk(model, call, sizes=(40, 1, 1, 9, 1)):
@@ -608,7 +629,7 @@ def test_masks_that_come_from_outside_of_the_graph(additive):
         same_tokens(actual[0], expected[0])
         same_tokens(actual[1, 7:], expected[1, 7:])
         assert all_given_back(model) and model.k0.layer.padding.tolist() == [0, 7]
-        for start, n in ((52, 1), (52, 4)):
+        for start, n in ((52, 1), (52, 4)) if each_device.type == "cpu" else ():  # a GPU asserts
             model.mask = model.mask[:, :, :1].repeat(1, 1, n, 1)  # of the last step: they do not see themselves
             with pytest.raises(ValueError, match="does not fit"):
                 step(prompt(n, batch=2), torch.arange(start, start + n))
@@ -780,7 +801,7 @@ def test_the_example():
 
 def make_layer(preset="default", tokens=300, **changes):
     config = MiniKVConfig.preset(preset, **changes)
-    layer = MiniKVLayer(config, 400, 1, KV_HEADS, DIM, torch.float32, torch.device("cpu"))
+    layer = MiniKVLayer(config, 400, 1, KV_HEADS, DIM, torch.float32, torch.get_default_device())
     k, v = torch.randn(2, 1, KV_HEADS, tokens, DIM)
     scores = torch.rand(1, KV_HEADS, tokens)
     minikv.store_prompt(k, v, scores, None, None, *held(layer), 0, 1, 400, config.to_json())
@@ -798,14 +819,14 @@ def seek(layer, config, position):
     minikv.seek(torch.tensor([position]), key[fixed.STATE], value[fixed.STATE], *rest, 400, config)
 
 
-def test_seek_goes_on_back_and_to_the_start():
+def test_seek_goes_on_back_and_to_the_start(each_device):
     layer, config, k = make_layer(window=8)
     before = layer.keys.dequantize()
     seek(layer, config, 300)
     assert torch.equal(layer.keys.dequantize(), before)
     seek(layer, config, 296)
     assert layer.keys.shape[2] == 296 and torch.equal(layer.keys.dequantize(), before[:, :, :296])
-    for position in (297, 20, 400):
+    for position in (297, 20, 400) if each_device.type == "cpu" else ():
         with pytest.raises(ValueError, match="out of place"):
             seek(layer, config, position)
     seek(layer, config, 0)
@@ -817,6 +838,7 @@ def test_seek_goes_on_back_and_to_the_start():
     assert layer.keys.kept_mask().all()
 
 
+@on_cpu
 def test_a_step_whose_position_only_the_device_knows(monkeypatch):
     """As on a GPU: the graph itself goes to the position."""
     monkeypatch.setattr("minikv_compile.passes.static.is_far", lambda source: True)

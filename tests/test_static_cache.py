@@ -14,6 +14,8 @@ from minikv_compile.buffers import GivenBack, make_dense
 from . import zoo
 from .helpers import ARCHITECTURES, PAD, captured, compiled, greedy, kinds, logits_of, make_backend, prompt, tiny
 
+pytestmark = pytest.mark.usefixtures("each_device")
+
 BOTH = [["prefill"] * 2, ["decode"] * 2]
 
 
