@@ -23,7 +23,7 @@ import torch
 
 from minikv_compile.kernels.attend import Important, attend_triton
 from minikv_compile.kernels.compress import compress_triton, dense_region_triton, empty_packed
-from minikv_compile.kernels.flush import move_up_triton, plan_triton
+from minikv_compile.kernels.flush import flush_triton
 from minikv_compile.kernels.important import distance_from_mean_triton, stored_order_triton
 from minikv_compile.kernels.packing import BLOCK, value_group
 from minikv_compile.kernels.scores import column_scores_triton
@@ -80,18 +80,16 @@ def attend(
 
 
 def compress(dim: int, dtype: torch.dtype, layout: str, group: int, rotate: bool) -> None:
-    """Gathered tokens into existing storage, then the dense region that is left."""
-    batch, kv_heads, seq, blocks = 2, 2, 300, 3
+    """Gathered tokens, then the dense region that is left."""
+    batch, kv_heads, seq = 2, 2, 300
     x = torch.randn(batch, kv_heads, seq, dim, device="cuda").to(dtype)
     x[0, 0, 7, 3] = torch.inf
     index = torch.rand(batch, kv_heads, seq, device="cuda").argsort(-1)
     tokens = torch.tensor([2 * BLOCK, BLOCK], dtype=torch.int32, device="cuda")
     axis = "token" if layout == "key" else "channel"
-    out = empty_packed(batch, kv_heads, blocks, dim, 2, group, axis, layout, dtype, x.device)
     counted = counters(x)
     compress_triton(
-        x, index, 4, tokens, 2, 2, group, axis, layout, hadamard(dim).cuda() if rotate else None, out=out,
-        first_block=torch.tensor([1, 2], dtype=torch.int32, device="cuda"), counted=counted,
+        x, index, 4, tokens, 2, 2, group, axis, layout, hadamard(dim).cuda() if rotate else None, counted=counted,
     )  # fmt: skip
     dense_region_triton(x, index, 4, tokens, seq - tokens, 200, counted)
 
@@ -111,10 +109,14 @@ def important(dim: int, n: int) -> None:
 
 
 def flush(dim: int) -> None:
-    """Two rows, of which one is full."""
-    dense = torch.randn(2, 3, 300, dim, device="cuda")
-    state = torch.tensor([[0, 0, 0, 0, 4, 0], [50, 0, BLOCK, 0, 4, 0]], dtype=torch.int32, device="cuda")
-    move_up_triton(dense, state, plan_triton(state, 300, 1, 296, 64, 1))
+    """Two rows, of which one is full: it flushes two blocks."""
+    state = torch.tensor([[250, 0, 0, 0, 4, 0], [0, 0, BLOCK, 0, 4, 0]], dtype=torch.int32, device="cuda")
+    layers = []
+    for layout, group, axis in (("key", BLOCK, "token"), ("value", 16, "channel")):
+        dense = torch.randn(2, 3, 384, dim, device="cuda")
+        tier = empty_packed(2, 3, 4, dim, 2, group, axis, layout, dense.dtype, dense.device)
+        layers.append([(*tier, dense, state.clone(), dense)])
+    flush_triton(*layers, 384, 1, 300, 64, 2, 2, (BLOCK, 16), ("token", "channel"), hadamard(dim).cuda(), False, 1.0)
 
 
 def launch() -> None:

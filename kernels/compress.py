@@ -64,8 +64,6 @@ def compress_reference(
     layout: Layout,
     rotation: Tensor | None,
     clip: float = 1.0,
-    out: Packed | None = None,
-    first_block: Tensor | None = None,
     counted: Counted | None = None,
     balancer: Tensor | None = None,
 ) -> Packed:
@@ -80,15 +78,12 @@ def compress_reference(
         rotation: orthogonal fp32 [head_dim, head_dim], applied before quantizing, or None. Its columns hold one number,
             that number's negative, and 0 (Hadamard matrices do).
         clip: as in `packing.quantize`.
-        out: write into these instead, whatever their capacity: only blocks `first_block[b] ... first_block[b] +
-            tokens[b] / BLOCK - 1` of row b. `blocks` then only bounds the tokens of a row.
-        first_block: int [batch], with `out`.
         counted: what counts the packed tokens that hold NaN or inf.
         balancer: fp32 [batch, kv_heads, head_dim], by which tokens are multiplied first (and rounded to the dtype of `x`),
             or None.
 
     Returns:
-        codes, scale, zero (`packing`), with `blocks` blocks; or `out`.
+        codes, scale, zero (`packing`), with `blocks` blocks.
     """
     batch, heads, _, dim = x.shape
     slots = torch.arange(blocks * BLOCK, device=x.device)
@@ -99,13 +94,7 @@ def compress_reference(
     if rotation is not None:
         picked = (picked.float() @ rotation).to(x.dtype)
     codes, scale, zero = quantize(picked.view(batch, heads, blocks, BLOCK, dim), bits, group, axis, clip)
-    packed = pack(codes, bits, layout), scale, zero
-    if out is None:
-        return packed
-    row, block = filled[:, ::BLOCK].nonzero(as_tuple=True)
-    for target, source in zip(out, packed, strict=True):
-        target[row, :, first_block.long()[row] + block] = source[row, :, block]
-    return out
+    return pack(codes, bits, layout), scale, zero
 
 
 @triton.jit
@@ -278,27 +267,22 @@ def pack_block(
 
 @triton.jit(do_not_specialize=["kept", "capacity"])
 def _compress_kernel(
-    X, INDEX, START, TOKENS, FIRST, BALANCER, SIGNS, SIZES, CODES, SCALE, ZERO, SEEN, COUNT, stride_xb, stride_xh,
-    stride_xs, stride_start, stride_tokens, stride_first, stride_count, seq, kept, capacity, inset,
+    X, INDEX, START, TOKENS, BALANCER, SIGNS, SIZES, CODES, SCALE, ZERO, SEEN, COUNT, stride_xb, stride_xh,
+    stride_xs, stride_start, stride_tokens, stride_count, seq, kept, capacity, inset,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FIRST_CHANNEL: tl.constexpr, CHANNELS: tl.constexpr,
     STEP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TOKEN_AXIS: tl.constexpr, KEY_LAYOUT: tl.constexpr,
-    HAS_INDEX: tl.constexpr, ROTATE: tl.constexpr, BALANCE: tl.constexpr, COUNTED: tl.constexpr, IN_PLACE: tl.constexpr,
+    HAS_INDEX: tl.constexpr, ROTATE: tl.constexpr, BALANCE: tl.constexpr, COUNTED: tl.constexpr,
     LIMIT: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one block of one head, CHANNELS of its channels."""
-    source_block = tl.program_id(0)
+    block = tl.program_id(0)
     head = tl.program_id(1) % HEADS
     channel0 = FIRST_CHANNEL + tl.program_id(1) // HEADS * CHANNELS
     batch = tl.program_id(2).to(tl.int64)
-    filled = source_block * BLOCK < tl.load(TOKENS + batch * stride_tokens)
-    block = source_block
-    written = filled | (not IN_PLACE)
-    if IN_PLACE:
-        block += tl.load(FIRST + batch * stride_first).to(tl.int32)
-        written = filled & (block < capacity)
+    filled = block * BLOCK < tl.load(TOKENS + batch * stride_tokens)
     pack_block(
-        X, INDEX, BALANCER, SIGNS, SIZES, CODES, SCALE, ZERO, SEEN, COUNT, source_block, block, head, channel0, batch,
-        filled, written, stride_xb, stride_xh, stride_xs, stride_count, seq, tl.load(START + batch * stride_start), kept,
+        X, INDEX, BALANCER, SIGNS, SIZES, CODES, SCALE, ZERO, SEEN, COUNT, block, block, head, channel0, batch,
+        filled, block < capacity, stride_xb, stride_xh, stride_xs, stride_count, seq, tl.load(START + batch * stride_start), kept,
         capacity, inset, HEADS, D, DP, CHANNELS, STEP, BITS, GROUP, TOKEN_AXIS, KEY_LAYOUT, HAS_INDEX, ROTATE, BALANCE,
         COUNTED, LIMIT, BLOCK, SLICES, OPERAND, PRECISION,
     )  # fmt: skip
@@ -350,8 +334,6 @@ def compress_triton(
     layout: Layout,
     rotation: Tensor | None,
     clip: float = 1.0,
-    out: Packed | None = None,
-    first_block: Tensor | None = None,
     counted: Counted | None = None,
     balancer: Tensor | None = None,
     tuning: CompressTuning | None = None,
@@ -362,25 +344,20 @@ def compress_triton(
     x = unit_last(x)
     batch, heads, seq, dim = x.shape
     tuning = tuning or compress_tuning(x.element_size())
-    in_place = out is not None
-    if out is None:
-        out = empty_packed(batch, heads, blocks, dim, bits, group, axis, layout, x.dtype, x.device)
-    elif not all(t.is_contiguous() for t in out):
-        raise ValueError("compress writes into contiguous tensors only.")
+    out = empty_packed(batch, heads, blocks, dim, bits, group, axis, layout, x.dtype, x.device)
     padded = triton.next_power_of_2(dim)
     signs, sizes = (x, x) if rotation is None else _signs(rotation, x.dtype)
     seen, count = (tokens, tokens) if counted is None else counted
-    first_block = tokens if first_block is None else first_block
     balance = x if balancer is None else balancer.contiguous()
     start = _of_rows(start, tokens)
     for first, channels, programs in _launches(dim, layout):
         _compress_kernel[blocks, heads * programs, batch](
-            x, x if index is None else index.contiguous(), start, tokens, first_block, balance, signs, sizes, *out, seen,
-            count, *x.stride()[:3], start.stride(0), tokens.stride(0), first_block.stride(0), count.stride(0), seq,
+            x, x if index is None else index.contiguous(), start, tokens, balance, signs, sizes, *out, seen,
+            count, *x.stride()[:3], start.stride(0), tokens.stride(0), count.stride(0), seq,
             0 if index is None else index.shape[2], out[0].shape[2], (1 - clip) / 2,
             HEADS=heads, D=dim, DP=padded, FIRST_CHANNEL=first, CHANNELS=channels, STEP=min(padded, tuning.contracted),
             BITS=bits, GROUP=group, TOKEN_AXIS=axis == "token", KEY_LAYOUT=layout == "key", HAS_INDEX=index is not None,
-            ROTATE=rotation is not None, BALANCE=balancer is not None, COUNTED=counted is not None, IN_PLACE=in_place,
+            ROTATE=rotation is not None, BALANCE=balancer is not None, COUNTED=counted is not None,
             LIMIT=torch.finfo(out[1].dtype).max, BLOCK=BLOCK, SLICES=WORD_BITS // bits, OPERAND=operand_dtype(x.dtype),
             PRECISION=dot_precision(x.dtype), num_warps=tuning.warps, num_stages=1, maxnreg=tuning.registers,
         )  # fmt: skip
@@ -399,8 +376,6 @@ def compress(
     layout: Layout,
     rotation: Tensor | None,
     clip: float = 1.0,
-    out: Packed | None = None,
-    first_block: Tensor | None = None,
     counted: Counted | None = None,
     balancer: Tensor | None = None,
 ) -> Packed:
@@ -412,7 +387,7 @@ def compress(
     """
     run = compress_triton if x.is_cuda else compress_reference
     return run(
-        x, index, start, tokens, blocks, bits, group, axis, layout, rotation, clip, out, first_block, counted, balancer
+        x, index, start, tokens, blocks, bits, group, axis, layout, rotation, clip, counted, balancer
     )
 
 

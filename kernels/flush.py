@@ -1,26 +1,66 @@
-"""Around a flush: which rows flush and how much, and what is left of the dense region moves up.
+"""Flush: the oldest tokens of full dense regions are quantized into the tier, and what is left moves up. For all layers of a
+cache at once, in three launches (head dimensions that are no power of two, or more than 128, take more).
 
-The quantizing in between is `compress`. Nothing here depends on the host, so that a CUDA graph can hold it; where no row
-is full, programs end at once.
+A step in which no row is full, and that is nearly every one, should cost nothing: what grows with the number of layers
+is not launches but programs that end at once. So the kernels take the addresses of all layers' tensors from a table in
+device memory. The first plans (`_plan_kernel`), and two more, for keys and for values, quantize what leaves a full row's
+dense region and move up what is left of it (`_flush_kernel`). (A launch for each chunk of channels: two in one program gave
+wrong scales for the second on an H200, Triton 3.6, and right ones in the interpreter.) Nothing here depends on the host, so
+that a CUDA graph can hold it.
 """
 
 from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .packing import BLOCK
-from .state import IN_TIER, OFFSET, PINNED, STATE_COLUMNS
+from .compress import _launches, _signs, compress_reference, pack_block
+from .jit import dot_precision, operand_dtype
+from .packing import BLOCK, WORD_BITS, GroupAxis
+from .state import IN_TIER, NOT_FINITE, OFFSET, PINNED, STATE_COLUMNS
+from .tuning import compress_tuning
 
 PART = 32
 """Tokens that a program moves at once."""
 
+FIELDS = 6
+"""Columns of a table: the addresses of codes, scale, zero, dense, state and balancer. A row per layer's keys, then per
+layer's values."""
+
+_tables: dict[tuple[int, ...], Tensor] = {}
+"""Kept tables, by the addresses in them. A captured graph reads its table for as long as it is replayed, so a table lives as
+long as the first of the storages whose addresses it holds."""
+
+
+def table_of(keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]], keep: bool = False) -> Tensor:
+    """int64, on the device: the addresses of these tensors. `keep`: and the next call with these tensors finds it.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, and no table of these tensors was kept before.
+    """
+    name = tuple(t.data_ptr() for tensors in (*keys, *values) for t in tensors)
+    if name in _tables:
+        return _tables[name]
+    state = (*keys, *values)[0][4]
+    if state.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "A CUDA graph can hold steps of one token only, after one that was not captured: run a step on this MiniKVCache first."
+        )
+    table = torch.tensor(name, dtype=torch.int64, device=state.device)
+    if keep:
+        _tables[name] = table
+        weakref.finalize(state.untyped_storage(), _tables.pop, name, None)
+    return table
+
 
 def plan_reference(state: Tensor, length: int, n: int, room: int, window: int, blocks: int) -> Tensor:
-    """What leaves each row's dense region: int32 [4, batch]: tokens that leave it, blocks in its tier so far, tokens in it
-    so far, and how many of those are pinned.
+    """What leaves each row's dense region: int32 [4, batch]: tokens that leave it, blocks in its tier so far, tokens in
+    the region so far, and how many of those are pinned.
 
     Args:
         state: int32 [batch, COLUMNS] (`state`). length: logical tokens. n, room: rows that could not hold `n` more in
@@ -31,44 +71,6 @@ def plan_reference(state: Tensor, length: int, n: int, room: int, window: int, b
     full = (in_dense - pinned + n > room).int()
     tokens = full * ((in_dense - pinned - window) // BLOCK).clamp(0, blocks) * BLOCK
     return torch.stack([tokens, state[:, IN_TIER] // BLOCK, in_dense, pinned]).int()
-
-
-@triton.jit
-def leaving(in_dense, pinned, n, room, window, blocks, BLOCK: tl.constexpr):
-    """Tokens that leave a dense region, as in `plan_reference`."""
-    tokens = tl.minimum(tl.maximum(in_dense - pinned - window, 0) // BLOCK, blocks) * BLOCK
-    return tl.where(in_dense - pinned + n > room, tokens, 0)
-
-
-@triton.jit(do_not_specialize=["length", "n", "room", "batch"])
-def _plan_kernel(
-    STATE, PLAN, length, n, room, window, blocks, batch, BLOCK: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    real = row < batch
-    offset = tl.load(STATE + row * STATE_COLUMNS, mask=real, other=0)
-    in_tier = tl.load(STATE + row * STATE_COLUMNS + 2, mask=real, other=0)
-    pinned = tl.load(STATE + row * STATE_COLUMNS + 4, mask=real, other=0)
-    in_dense = length - offset
-    tl.store(PLAN + row, leaving(in_dense, pinned, n, room, window, blocks, BLOCK), mask=real)
-    tl.store(PLAN + batch + row, in_tier // BLOCK, mask=real)
-    tl.store(PLAN + 2 * batch + row, in_dense, mask=real)
-    tl.store(PLAN + 3 * batch + row, pinned, mask=real)
-
-
-def plan_triton(state: Tensor, length: int, n: int, room: int, window: int, blocks: int) -> Tensor:
-    """`plan` as a Triton kernel."""
-    batch, rows = state.shape[0], 32
-    plan = torch.empty(4, batch, dtype=torch.int32, device=state.device)
-    _plan_kernel[(triton.cdiv(batch, rows),)](
-        state, plan, length, n, room, window, blocks, batch, BLOCK=BLOCK, ROWS=rows, num_warps=1,
-    )  # fmt: skip
-    return plan
-
-
-def plan(state: Tensor, length: int, n: int, room: int, window: int, blocks: int) -> Tensor:
-    """Which rows flush, and how much; arguments and result as in `plan_reference`."""
-    return (plan_triton if state.is_cuda else plan_reference)(state, length, n, room, window, blocks)
 
 
 def move_up_reference(dense: Tensor, state: Tensor, plan: Tensor) -> None:
@@ -83,6 +85,51 @@ def move_up_reference(dense: Tensor, state: Tensor, plan: Tensor) -> None:
         dense[row, :, : len(kept)] = dense[row, :, kept]
     state[:, OFFSET] += plan[0]
     state[:, IN_TIER] += plan[0]
+
+
+def flush_reference(
+    keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]], length: int, n: int, room: int, window: int,
+    blocks: int, bits: int, groups: Sequence[int], axes: Sequence[GroupAxis], rotation: Tensor | None, balanced: bool,
+    clip: float, counted: int = 0,
+) -> Tensor:  # fmt: skip
+    """Move the oldest tokens of full rows' dense regions that are neither pinned nor window into the tier, in whole blocks,
+    in place.
+
+    Args:
+        keys, values: codes, scale, zero, dense, state and balancer of each layer, contiguous and alike. Where not
+            `balanced`, and for values, the last is anything.
+        length, n, room, window, blocks: as of `plan_reference`.
+        bits, groups, axes, rotation, clip: as of `compress`; of the keys, and of the values.
+        counted: how many new tokens the states count from then on, beside those that leave: where `length` is 0 for good,
+            and an offset is minus the tokens of the dense region.
+
+    Returns:
+        bools, of which one is False where a tier has no room for what left a dense region: it is lost.
+    """
+    fits = []
+    for held, group, axis, layout in zip((keys, values), groups, axes, ("key", "value"), strict=True):
+        for *tier, dense, state, balancer in held:
+            plan = plan_reference(state, length, n, room, window, blocks)
+            seen = torch.zeros(dense.shape[0], dense.shape[2], dtype=torch.int32, device=dense.device)
+            packed = compress_reference(
+                dense, None, plan[3], plan[0], blocks, bits, group, axis, layout, rotation, clip,
+                (seen, state[:, NOT_FINITE]), balancer if balanced and layout == "key" else None,
+            )  # fmt: skip
+            for row, (tokens, first, *_) in enumerate(plan.T.tolist()):
+                for target, source in zip(tier, packed, strict=True):
+                    place = target[row, :, first : first + tokens // BLOCK]  # of a tier that is full, what there is
+                    place.copy_(source[row, :, : place.shape[1]])
+            move_up_reference(dense, state, plan)
+            state[:, OFFSET] -= counted
+            fits.append(state[:, IN_TIER] <= tier[0].shape[2] * BLOCK)
+    return torch.cat(fits)
+
+
+@triton.jit
+def leaving(in_dense, pinned, n, room, window, blocks, BLOCK: tl.constexpr):
+    """Tokens that leave a dense region, as in `plan_reference`."""
+    tokens = tl.minimum(tl.maximum(in_dense - pinned - window, 0) // BLOCK, blocks) * BLOCK
+    return tl.where(in_dense - pinned + n > room, tokens, 0)
 
 
 @triton.jit
@@ -100,35 +147,127 @@ def move_head_up(base, gone, used, pinned, D: tl.constexpr, DP: tl.constexpr, BL
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["batch", "capacity"])
-def _move_up_kernel(
-    DENSE, STATE, PLAN, batch, capacity, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BLOCK: tl.constexpr, PART: tl.constexpr,
+@triton.jit(do_not_specialize=["length", "n", "counted", "batch"])
+def _plan_kernel(
+    TABLE, PLAN, SEEN, FITS, length, n, counted, capacity, room, window, blocks, batch, tier_blocks,
+    FIELDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: one head of one row."""
-    row, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    gone = tl.load(PLAN + row)
+    """One program: ROWS rows of one layer's keys or values. What will leave, and new tokens, count in the state.
+
+    PLAN int32 [layers, 4, batch]: as of `plan_reference`. SEEN int32 [layers, batch, capacity]: zeros where a row flushes.
+    FITS bool, of each program: whether the tiers, of `tier_blocks`, have room for what will leave. `layers` counts keys and
+    values.
+    """
+    layer = tl.program_id(0)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    real = row < batch
+    state = tl.load(TABLE + layer * FIELDS + 4).to(tl.pointer_type(tl.int32)) + row * STATE_COLUMNS
+    offset = tl.load(state, mask=real, other=0)
+    in_tier = tl.load(state + 2, mask=real, other=0)
+    pinned = tl.load(state + 4, mask=real, other=0)
+    gone = tl.where(real, leaving(length - offset, pinned, n, room, window, blocks, BLOCK), 0)
+    plan = PLAN + layer * 4 * batch + row
+    tl.store(plan, gone, mask=real)
+    tl.store(plan + batch, in_tier // BLOCK, mask=real)
+    tl.store(plan + 2 * batch, length - offset, mask=real)
+    tl.store(plan + 3 * batch, pinned, mask=real)
+    tl.store(state, offset + gone - counted, mask=real)
+    tl.store(state + 2, in_tier + gone, mask=real)
+    fits = tl.min((in_tier + gone <= tier_blocks * BLOCK).to(tl.int32), 0) == 1
+    tl.store(FITS + layer * tl.num_programs(1) + tl.program_id(1), fits)
+    if tl.max(gone, 0) > 0:
+        seen = SEEN + (layer * batch + row) * capacity
+        for first in range(0, capacity, BLOCK):
+            slot = first + tl.arange(0, BLOCK)
+            mask = (real & (gone > 0))[:, None] & (slot < capacity)[None, :]
+            tl.store(seen[:, None] + slot[None, :], tl.zeros([ROWS, BLOCK], tl.int32), mask=mask)
+
+
+@triton.jit(do_not_specialize=["batch", "first_layer", "capacity", "blocks"])
+def _flush_kernel(
+    TABLE, PLAN, SEEN, SIGNS, SIZES, batch, first_layer, capacity, blocks, inset,
+    FIELDS: tl.constexpr, VALUE: tl.constexpr, META: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, CHANNEL: tl.constexpr, CHANNELS: tl.constexpr, LAST: tl.constexpr, STEP: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr,
+    TOKEN_AXIS: tl.constexpr, KEY_LAYOUT: tl.constexpr, ROTATE: tl.constexpr, BALANCE: tl.constexpr, LIMIT: tl.constexpr,
+    BLOCK: tl.constexpr, SLICES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """One program: one head of one row of one layer, CHANNELS of its channels from CHANNEL on. What is left of the dense region
+    moves up after the LAST ones. `blocks`: capacity of the tiers."""
+    layer = first_layer + tl.program_id(0) // HEADS
+    head = tl.program_id(0) % HEADS
+    row = tl.program_id(1).to(tl.int64)
+    plan = PLAN + layer * 4 * batch + row
+    gone = tl.load(plan)
     if gone > 0:
-        base = DENSE + (row.to(tl.int64) * HEADS + head) * capacity * D
-        used, pinned = tl.load(PLAN + 2 * batch + row), tl.load(PLAN + 3 * batch + row)
-        move_head_up(base, gone, used, pinned, D, DP, BLOCK, PART)
-        if head == 0:
-            state = STATE + row * STATE_COLUMNS
-            tl.store(state, tl.load(state) + gone)
-            tl.store(state + 2, tl.load(state + 2) + gone)
+        fields = TABLE + layer * FIELDS
+        codes = tl.load(fields).to(tl.pointer_type(tl.int16))
+        scale = tl.load(fields + 1).to(tl.pointer_type(META))
+        zero = tl.load(fields + 2).to(tl.pointer_type(META))
+        dense = tl.load(fields + 3).to(tl.pointer_type(VALUE))
+        state = tl.load(fields + 4).to(tl.pointer_type(tl.int32))
+        balancer = tl.load(fields + 5).to(tl.pointer_type(tl.float32))
+        first_block, pinned = tl.load(plan + batch), tl.load(plan + 3 * batch)
+        for source in range(0, gone // BLOCK):
+            filled = source >= 0
+            written = first_block + source < blocks
+            pack_block(
+                dense, dense, balancer, SIGNS, SIZES, codes, scale, zero, SEEN + layer * batch * capacity, state + 1,
+                source, first_block + source, head, CHANNEL, row, filled, written, HEADS * capacity * D, capacity * D,
+                D, STATE_COLUMNS, capacity, pinned, 0, blocks, inset, HEADS, D, DP, CHANNELS, STEP, BITS, GROUP,
+                TOKEN_AXIS, KEY_LAYOUT, False, ROTATE, BALANCE, True, LIMIT, BLOCK, SLICES, OPERAND, PRECISION,
+            )  # fmt: skip
+        if LAST:
+            tl.debug_barrier()  # nothing moves before all threads have read
+            base = dense + (row * HEADS + head) * capacity * D
+            move_head_up(base, gone, tl.load(plan + 2 * batch), pinned, D, DP, BLOCK, PART)
 
 
-def move_up_triton(dense: Tensor, state: Tensor, plan: Tensor) -> None:
-    """`move_up` as a Triton kernel."""
-    if not dense.is_contiguous():
-        raise ValueError("move_up writes into a contiguous dense region only.")
+def flush_triton(
+    keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]], length: int, n: int, room: int, window: int,
+    blocks: int, bits: int, groups: Sequence[int], axes: Sequence[GroupAxis], rotation: Tensor | None, balanced: bool,
+    clip: float, counted: int = 0,
+) -> Tensor:  # fmt: skip
+    """`flush` in Triton."""
+    if not all(t.is_contiguous() for tensors in (*keys, *values) for t in tensors[:5]):
+        raise ValueError("flush writes into contiguous tensors only.")
+    layers, (codes, scale, _, dense, *_) = len(keys) + len(values), (*keys, *values)[0]
     batch, heads, capacity, dim = dense.shape
-    _move_up_kernel[(batch * heads,)](
-        dense, state, plan, batch, capacity, HEADS=heads, D=dim,
-        DP=triton.next_power_of_2(dim), BLOCK=BLOCK, PART=PART, num_warps=4,
+    table, device = table_of(keys, values), dense.device
+    plan = torch.empty(layers, 4, batch, dtype=torch.int32, device=device)
+    seen = torch.empty(layers, batch, capacity, dtype=torch.int32, device=device)
+    rows = min(32, triton.next_power_of_2(batch))
+    fits = torch.empty(layers, triton.cdiv(batch, rows), dtype=torch.bool, device=device)
+    _plan_kernel[tuple(fits.shape)](
+        table, plan, seen, fits, length, n, counted, capacity, room, window, blocks, batch, codes.shape[2],
+        FIELDS=FIELDS, ROWS=rows, BLOCK=BLOCK, num_warps=1,
     )  # fmt: skip
+    tuning, padded = compress_tuning(dense.element_size()), triton.next_power_of_2(dim)
+    signs, sizes = (table, table) if rotation is None else _signs(rotation, dense.dtype)
+    for i, (layout, held) in enumerate((("key", keys), ("value", values))):
+        chunks = [
+            (first + part * channels, channels)
+            for first, channels, parts in _launches(dim, layout) for part in range(parts)
+        ]  # fmt: skip
+        for chunk in chunks if held else ():
+            _flush_kernel[len(held) * heads, batch](
+                table, plan, seen, signs, sizes, batch, i * len(keys), capacity, codes.shape[2], (1 - clip) / 2,
+                FIELDS=FIELDS, VALUE=_element(dense), META=_element(scale), HEADS=heads, D=dim, DP=padded,
+                CHANNEL=chunk[0], CHANNELS=chunk[1], LAST=chunk == chunks[-1], STEP=min(padded, tuning.contracted),
+                BITS=bits, GROUP=groups[i], TOKEN_AXIS=axes[i] == "token", KEY_LAYOUT=layout == "key",
+                ROTATE=rotation is not None, BALANCE=balanced and layout == "key", LIMIT=torch.finfo(scale.dtype).max,
+                BLOCK=BLOCK, SLICES=WORD_BITS // bits, OPERAND=operand_dtype(dense.dtype),
+                PRECISION=dot_precision(dense.dtype), PART=PART, num_warps=tuning.warps, num_stages=1,
+                maxnreg=tuning.registers,
+            )  # fmt: skip
+    return fits
 
 
-def move_up(dense: Tensor, state: Tensor, plan: Tensor) -> None:
-    """What is left of a dense region moves up; arguments as in `move_up_reference`."""
-    (move_up_triton if dense.is_cuda else move_up_reference)(dense, state, plan)
+def _element(x: Tensor) -> tl.dtype:
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[x.dtype]
+
+
+def flush(keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]], *arguments, **more) -> Tensor:
+    """Arguments and result as of `flush_reference`."""
+    on_gpu = (*keys, *values)[0][0].is_cuda
+    return (flush_triton if on_gpu else flush_reference)(keys, values, *arguments, **more)

@@ -20,10 +20,8 @@ from .config import MiniKVConfig
 from .kernels import attend, flush
 from .kernels.important import NO_TOKEN
 from .kernels.packing import BLOCK, metadata_dtype
-from .kernels.room import make_room as make_room_triton
-from .kernels.room import table_of
 from .kernels.state import COLUMNS, IN_TIER, OFFSET, PINNED
-from .ops import MIN_BLOCKS, READS_HOST, ROLES, grouping, stored_tokens, without_autocast
+from .ops import MIN_BLOCKS, READS_HOST, ROLES, stored_tokens, without_autocast
 from .policy import POLICIES
 from .rotation import rotation_matrix
 from .tensor import news, warn_not_finite
@@ -232,15 +230,10 @@ def make_room(
         for tensors in zip(keys, values, length, strict=True):
             make_room_reference(*tensors, n, settings)
         return
-    dim = keys[0][DENSE].shape[-1]
-    groups, axes = zip(*(grouping(settings, role, dim) for role in ROLES), strict=True)
-    rotation = rotation_matrix(settings.rotation, dim, key[0].device)
     torch._foreach_add_(length, n)
-    keys, values = _room_parts(keys, values)
-    fits = make_room_triton(
-        keys, values, n, room(settings, keys[0][3].shape[2]), settings.window, settings.bits, groups, axes, rotation,
-        settings.balances, settings.clip,
-    )  # fmt: skip
+    space = room(settings, keys[0][DENSE].shape[2])
+    blocks = (space - settings.window) // BLOCK
+    fits = ops.flush(*_flushed_parts(keys, values), 0, n, space, blocks, settings, counted=n)
     if settings.drops:  # else there is room for all that a cache may hold
         require(fits.all(), FULL_TIER)
 
@@ -256,15 +249,15 @@ def _by_layer(key: list[Tensor], value: list[Tensor], config: MiniKVConfig) -> l
     return [list(zip(*[iter(held)] * len(names(config, role)), strict=True)) for role, held in both]
 
 
-def _room_parts(*layers: list[tuple[Tensor, ...]]) -> list[list[tuple[Tensor, ...]]]:
-    """Of each layer's tensors, those that `kernels.room` takes."""
+def _flushed_parts(*layers: list[tuple[Tensor, ...]]) -> list[list[tuple[Tensor, ...]]]:
+    """Of each layer's tensors, those that `kernels.flush` takes."""
     return [[(*t[:3], t[DENSE], t[STATE], t[DENSE - 1]) for t in held] for held in layers]
 
 
 def prepare_room(key: list[Tensor], value: list[Tensor], config: MiniKVConfig) -> None:
     """Before a graph with `make_room` runs on these tensors for the first time."""
     if key[0].is_cuda and config.bits < 16:
-        table_of(*_room_parts(*_by_layer(key, value, config)))
+        flush.table_of(*_flushed_parts(*_by_layer(key, value, config)), keep=True)
 
 
 def make_room_reference(key: list[Tensor], value: list[Tensor], length: Tensor, n: int, config: MiniKVConfig) -> None:
@@ -294,12 +287,13 @@ def _flush(
     Raises:
         ValueError: no room in the tier. On a GPU, an assertion of the device.
     """
-    balancer, state = tensors[DENSE - 1] if config.balances and role == "key" else None, tensors[STATE]
+    state = tensors[STATE]
     blocks = (most - config.window) // BLOCK
     if config.drops:
         leaving = flush.plan_reference(state, 0, n, space, config.window, blocks)[0]
         require((state[:, IN_TIER] + leaving <= tensors[0].shape[2] * BLOCK).all(), FULL_TIER)
-    ops.flush(tensors[:3], dense, state, 0, n, space, blocks, role, config, balancer)
+    parts = [(*tensors[:3], dense, state, tensors[DENSE - 1])]
+    ops.flush(*((parts, []) if role == "key" else ([], parts)), 0, n, space, blocks, config)
 
 
 def check_step(mask: Tensor | None, length: Tensor, padding: Tensor, n: int, max_length: int) -> None:
@@ -345,7 +339,7 @@ def require(condition: Tensor, message: str) -> None:
         raise ValueError(message)
 
 
-@custom_op("minikv::extend_attention", mutates_args=("key", "value", "length"))
+@custom_op("minikv::extend_attention", mutates_args=("key", "value", "length"), tags=READS_HOST)
 @without_autocast
 def extend_attention(
     q: Tensor, k: Tensor, v: Tensor, key: list[Tensor], value: list[Tensor], length: Tensor, padding: Tensor,

@@ -30,7 +30,7 @@ MIN_BLOCKS = 2
 
 
 READS_HOST = (torch.Tag.cudagraph_unsafe,)
-"""Tags of the ops of a prefill, which copy between host and device: no CUDA graph may hold them."""
+"""Tags of the ops of several tokens, which copy between host and device: no CUDA graph may hold them."""
 
 
 def without_autocast(op: Callable) -> Callable:
@@ -376,29 +376,18 @@ def decode_attention_in_graph(
 
 @without_autocast
 def flush(
-    tier: Sequence[Tensor], dense: Tensor, state: Tensor, length: int, n: int, room: int, blocks: int, role: str,
-    config: MiniKVConfig, balancer: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Move the oldest tokens of full rows' dense regions that are neither pinned nor window into the tier, in whole
-    blocks (`blocks_to_flush`, on the device). No graph calls it by itself, so it is no custom op, which would cost more on
-    the host than its launches.
-
-    Args:
-        tier: codes, scale and zero. dense, state: like these, written in place.
-        length: logical tokens. n, room: rows that could not hold `n` more in `room` tokens behind the pinned ones are full.
-        blocks: the most that any row moves. The tier has room for them.
-        role: "key" or "value". balancer: of keys, if they are balanced.
-    """
-    dim = dense.shape[-1]
-    group, axis = grouping(config, role, dim)
-    counted = torch.zeros(dense.shape[0], dense.shape[2], dtype=torch.int32, device=dense.device), state[:, NOT_FINITE]
-    plan = flush_kernels.plan(state, length, n, room, config.window, blocks)
-    compress.compress(
-        dense, None, plan[3], plan[0], blocks, config.bits, group, axis, role,
-        rotation_matrix(config.rotation, dim, dense.device), config.clip, out=tuple(tier), first_block=plan[1],
-        counted=counted, balancer=balancer,
+    keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]], length: int, n: int, room: int, blocks: int,
+    config: MiniKVConfig, counted: int = 0,
+) -> Tensor:  # fmt: skip
+    """`kernels.flush.flush` as a configuration has it. No graph calls it by itself, so it is no custom op, which would cost
+    more on the host than its launches."""
+    dense = (*keys, *values)[0][3]
+    groups, axes = zip(*(grouping(config, role, dense.shape[-1]) for role in ROLES), strict=True)
+    rotation = rotation_matrix(config.rotation, dense.shape[-1], dense.device)
+    return flush_kernels.flush(
+        keys, values, length, n, room, config.window, blocks, config.bits, groups, axes, rotation, config.balances,
+        config.clip, counted=counted,
     )  # fmt: skip
-    flush_kernels.move_up(dense, state, plan)
 
 
 def kept_mask(kept: Tensor, state: Tensor, length: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 
 import torch
 from torch import Tensor
@@ -186,26 +187,13 @@ class KVTensor(DenseOnUse):
     # ---- growth
 
     def reserve(self, n: int) -> KVTensor:
-        """A tensor with the same contents and room for `n` more tokens in its dense region: this one, if it can be.
+        """`make_room` in this tensor alone."""
+        return make_room([self], [n])[0]
 
-        Flushes whole blocks into the tier, grows tier or dense region in steps, and copies the storage first if
-        another living tensor looks into it.
-        """
-        length = self.length + n
-        fits = max(self.occupancy.behind_pinned(length)) <= self._room()
-        if fits and not self.occupancy.shared and not self.occupancy.oversized:
-            return self
-        with compat.outside_inference_mode():
-            kv = self.clone() if self.occupancy.shared else self
-            if kv.occupancy.oversized:
-                kv._flush(n, kv.config.room)
-                kv._resize_dense(n)
-            elif not fits:
-                room = kv._room()
-                kv._flush(n, room)
-                if max(kv.occupancy.behind_pinned(length)) > room:
-                    kv._resize_dense(n)
-            return kv
+    def _fits(self, n: int) -> bool:
+        """Whether `n` more tokens can be written as it is."""
+        known = self.occupancy
+        return max(known.behind_pinned(self.length + n)) <= self._room() and not known.shared and not known.oversized
 
     def _room(self) -> int:
         """Tokens that the dense region may hold behind the pinned ones. Where rows differ in these, not all that there is
@@ -213,24 +201,26 @@ class KVTensor(DenseOnUse):
         alike = not self.config.counts_vary or self.occupancy.oversized
         return self.occupancy.room(self.dense.shape[SEQ]) if alike else self.config.room
 
-    def _flush(self, n: int, room: int) -> None:
-        """In the rows whose dense region could not hold `n` more in `room` tokens behind the pinned ones, quantize what is
-        older than the window, in whole blocks, in place. Each row flushes at the same length as it would alone.
-        """
-        config, occupancy, length = self.config, self.occupancy, self.length
-        if config.bits == 16:
-            return
-        blocks = [ops.blocks_to_flush(used, n, room, config) for used in occupancy.behind_pinned(length)]
+    def _take_blocks(self, n: int, room: int) -> int:
+        """Count as flushed, in the rows whose dense region could not hold `n` more in `room` tokens behind the pinned ones,
+        what is older than the window, in whole blocks, and let the tier grow for it. Each row flushes at the same length as it
+        would alone. Returns the most blocks of a row."""
+        occupancy = self.occupancy
+        if self.config.bits == 16:
+            return 0
+        blocks = [ops.blocks_to_flush(used, n, room, self.config) for used in occupancy.behind_pinned(self.length)]
         if not any(blocks):
-            return
-        needed = max(b + new for b, new in zip(occupancy.blocks, blocks, strict=True))
-        if needed > self.codes.shape[SEQ]:
+            return 0
+        occupancy.offsets = [o + new * BLOCK for o, new in zip(occupancy.offsets, blocks, strict=True)]
+        occupancy.blocks = [b + new for b, new in zip(occupancy.blocks, blocks, strict=True)]
+        if (needed := max(occupancy.blocks)) > self.codes.shape[SEQ]:
             for name in ("codes", "scale", "zero"):
                 setattr(self, name, _resized(getattr(self, name), needed + needed // 64))
-        tier = self.codes, self.scale, self.zero
-        ops.flush(tier, self.dense, self.state, length, n, room, max(blocks), self.role, config, self.balancer)
-        occupancy.blocks = [b + new for b, new in zip(occupancy.blocks, blocks, strict=True)]
-        occupancy.offsets = [o + new * BLOCK for o, new in zip(occupancy.offsets, blocks, strict=True)]
+        return max(blocks)
+
+    def _kind(self) -> tuple:
+        """What tensors that are flushed together have alike."""
+        return self.config, self.dense.dtype, self.dense.device, self.dense.shape, self.codes.shape[SEQ]
 
     def _resize_dense(self, n: int) -> None:
         """Fit the dense region to its tokens and `n` more."""
@@ -316,12 +306,49 @@ class KVTensor(DenseOnUse):
         return type(self)(self.tensors(), config, self.role, length, self.occupancy).mark_dynamic()
 
 
+def make_room(tensors: list[KVTensor], counts: list[int]) -> list[KVTensor]:
+    """Tensors with the same contents and room for so many more tokens each in their dense regions: these, where they can be.
+
+    Flushes whole blocks into the tiers, of all tensors at once, grows tiers or dense regions in steps, and copies a storage
+    first if another living tensor looks into it.
+    """
+    result, full, flushed = list(tensors), [], defaultdict(list)
+    with compat.outside_inference_mode():
+        for i, (kv, n) in enumerate(zip(tensors, counts, strict=True)):
+            if kv._fits(n):
+                continue
+            result[i] = kv = kv.clone() if kv.occupancy.shared else kv
+            room = kv.config.room if kv.occupancy.oversized else kv._room()
+            if kv.occupancy.oversized or max(kv.occupancy.behind_pinned(kv.length + n)) > room:
+                full.append((kv, n, room))
+                if blocks := kv._take_blocks(n, room):
+                    flushed[kv._kind(), kv.length, n, room, blocks].append(kv)
+        for (_, *bounds), alike in flushed.items():
+            _flush(alike, *bounds)
+        for kv, n, room in full:
+            if kv.occupancy.oversized or max(kv.occupancy.behind_pinned(kv.length + n)) > room:
+                kv._resize_dense(n)
+    return result
+
+
+def _flush(alike: list[KVTensor], *bounds: int) -> None:
+    """`ops.flush` of keys and values of one kind."""
+    parts = [
+        [
+            (kv.codes, kv.scale, kv.zero, kv.dense, kv.state, kv.dense if kv.balancer is None else kv.balancer)
+            for kv in alike if kv.role == role
+        ]
+        for role in ops.ROLES
+    ]  # fmt: skip
+    ops.flush(*parts, *bounds, alike[0].config)
+
+
 def wrap_prompt(
     parts: list[tuple[dict[str, Tensor], str, int, int]], config: MiniKVConfig, seqs: list[int] | None = None
 ) -> list[KVTensor]:
     """`KVTensor`s of what `ops.compress_prompt` made: (tensors, role, length, layer) each. Reads the device
     once. `seqs`: their dimensions of tokens."""
-    states = torch.stack([tensors["state"].to(parts[0][0]["state"].device) for tensors, *_ in parts]).tolist()
+    states = _read([tensors["state"] for tensors, *_ in parts])
     wrapped = [
         BY_SEQ[seq](tensors, config, role, length, Occupancy.read(state)).mark_dynamic()
         for (tensors, role, length, _), state, seq in zip(parts, states, seqs or [SEQ] * len(parts), strict=True)
@@ -330,14 +357,21 @@ def wrap_prompt(
     return wrapped
 
 
+def _read(states: list[Tensor]) -> list[list[list[int]]]:
+    """Their rows; reads the device once."""
+    if len({state.shape for state in states}) > 1:
+        return [state.tolist() for state in states]
+    return torch.stack([state.to(states[0].device) for state in states]).tolist()
+
+
 def report_not_finite(
     tensors: list[KVTensor], layers: list[int], states: list[list[list[int]]] | None = None, prompt: bool = False
 ) -> None:
     """Warn of keys and values of these layers that hold NaN or inf; raise if the configuration is strict. Tokens are
     counted in a prefill (`prompt`), and when they are flushed."""
     found = []
-    for i, (kv, layer) in enumerate(zip(tensors, layers, strict=True)):
-        rows = kv.state.tolist() if states is None else states[i]
+    states = states or _read([kv.state for kv in tensors])
+    for kv, layer, rows in zip(tensors, layers, states, strict=True):
         used = [kv.length - row[OFFSET] for row in rows]
         count, kv.occupancy.not_finite = news(rows, kv.occupancy.not_finite, kv.dense if prompt else None, used, kv.config)
         if count:

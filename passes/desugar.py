@@ -14,7 +14,7 @@ from .. import compat, fixed
 from ..buffers import OPENED, Buffers
 from ..cache import MiniKVLayer
 from ..config import MiniKVConfig
-from ..tensor import KVTensor, report_not_finite, wrap_prompt
+from ..tensor import KVTensor, make_room, report_not_finite, wrap_prompt
 from .graph import example, size_getter
 from .rewrite import Longer, Made, Rewritten
 from .static import Born
@@ -148,18 +148,16 @@ class Boundary:
 
     def _reserve(self, args: list[Any]) -> list[Any]:
         """Make room for the new tokens: outside of the graph, so that it sees only storages that fit."""
-        flushed, layers = [], []
-        for out in self.outputs:
-            if not isinstance(out, Longer):
-                continue
-            i, n = out.past, self.growth[out.past]
-            blocks = args[i].occupancy.blocks
-            args[i] = args[i].reserve(n(args))
-            if args[i].occupancy.blocks is not blocks:
-                flushed.append(args[i])
-                layers.append(out.layer)
+        grown = [(out.past, out.layer) for out in self.outputs if isinstance(out, Longer)]
+        blocks = [args[i].occupancy.blocks for i, _ in grown]
+        roomy = make_room([args[i] for i, _ in grown], [self.growth[i](args) for i, _ in grown])
+        for (i, _), kv in zip(grown, roomy, strict=True):
+            args[i] = kv
+        flushed = [
+            (kv, layer) for kv, (_, layer), before in zip(roomy, grown, blocks, strict=True) if kv.occupancy.blocks is not before
+        ]
         if flushed:
-            report_not_finite(flushed, layers)
+            report_not_finite(*map(list, zip(*flushed, strict=True)))
         return args
 
     def _wrap(self, args: Sequence[Any], flat: list[Any], layers: list[MiniKVLayer]) -> list[Any]:

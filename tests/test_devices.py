@@ -51,7 +51,8 @@ def test_device_map_over_two_gpus(preset, fixed, inner):
     def generated(model):
         cache = MiniKVCache(model, 600, 2, config) if fixed else None
         torch.compiler.reset()
-        return greedy(compiled(model, make_backend(preset, inner)), ids.to("cuda:0"), 150, past_key_values=cache, disable_compile=True)
+        model = compiled(model, make_backend(preset, inner))
+        return greedy(model, ids.to("cuda:0"), 150, past_key_values=cache, disable_compile=True)
 
     expected = generated(one)
     parts = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(4)), "model.norm", "model.rotary_emb", "lm_head"]

@@ -402,7 +402,7 @@ def test_flush_moves_whole_blocks_of_full_rows_only():
     """Row 0 has 364 tokens, row 1 has 244: with room for 192 behind 4 sinks and 64 important ones, 64 of them the window."""
     k, _ = cache(length=364, valid=left_padding([364, 244], 364))
     before, dense = k.state.clone(), k.dequantize()
-    ops.flush((k.codes, k.scale, k.zero), k.dense, k.state, 364, 30, 192, 1, "key", k.config)
+    ops.flush([(k.codes, k.scale, k.zero, k.dense, k.state, k.dense)], [], 364, 30, 192, 1, k.config)
     # Row 0: 128 packed, 236 dense: 236 + 30 > 260, one block of 104 does not fill. Row 1: 244 dense, 112: neither.
     assert torch.equal(k.state, before) and torch.equal(k.dequantize(), dense)
     k, _ = cache(length=384, valid=left_padding([384, 254], 384))

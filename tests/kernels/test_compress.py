@@ -10,7 +10,6 @@ from minikv_compile.kernels.compress import (
     compress_triton,
     dense_region_reference,
     dense_region_triton,
-    empty_packed,
 )
 from minikv_compile.kernels.packing import BLOCK, unpack, value_group
 from minikv_compile.rotation import hadamard
@@ -120,46 +119,6 @@ def test_strided_heads(device):
     x = values("normal", (2, 140, 3, 64), torch.bfloat16, 0).transpose(1, 2)
     tokens = torch.full((2,), BLOCK, dtype=torch.int32)
     check(device, x, None, 4, tokens, 1, 2, 64, "token", "key", None)
-
-
-@pytest.mark.parametrize("axis, layout", [("token", "key"), ("channel", "value")])
-@pytest.mark.parametrize("rotate", [False, True])
-def test_into_existing_storage(device, axis, layout, rotate):
-    """A flush writes its own blocks, at each row's own place, and no others."""
-    dim, bits, group = 64, 2, 32
-    x = values("normal", (3, 2, 3 * BLOCK, dim), torch.bfloat16, 1)
-    rotation = hadamard(dim) if rotate else None
-    tokens = torch.tensor([2 * BLOCK, 0, BLOCK], dtype=torch.int32)
-    first = torch.tensor([1, 4, 3], dtype=torch.int32)
-    storage = empty_packed(3, 2, 5, dim, bits, group, axis, layout, x.dtype, torch.device("cpu"))
-    for t in storage:
-        t.fill_(7)
-    expected = compress_reference(
-        x, None, 4, tokens, 2, bits, group, axis, layout, rotation, 0.75, tuple(t.clone() for t in storage), first
-    )
-    target = tuple(t.to(device, copy=True) for t in storage)
-    matrix = None if rotation is None else rotation.to(device)
-    result = compress_triton(
-        x.to(device), None, 4, tokens.to(device), 2, bits, group, axis, layout, matrix, 0.75, target, first.to(device)
-    )
-    assert result is target
-    for actual, want, before in zip(target, expected, storage, strict=True):
-        assert torch.equal(want[0, :, [0, 3, 4]], before[0, :, [0, 3, 4]]) and torch.equal(want[1], before[1])
-        changed = (want != before).flatten(3).any(-1)
-        assert changed[0, :, 1:3].all() and changed[2, :, 3].all()
-        assert not (actual.cpu() != before).flatten(3).any(-1)[~changed].any()
-    assert_same_codes(target[0].cpu(), expected[0], bits, layout, most=2e-2)
-    torch.testing.assert_close(target[1].cpu(), expected[1], rtol=2**-6, atol=2**-7)
-
-
-def test_refuses_storage_with_gaps(device):
-    x = torch.zeros(1, 1, BLOCK, 64, device=device)
-    tokens = torch.full((1,), BLOCK, dtype=torch.int32, device=device)
-    storage = empty_packed(1, 1, 2, 64, 2, 64, "token", "key", x.dtype, device)
-    with pytest.raises(ValueError, match="contiguous"):
-        compress_triton(
-            x, None, 0, tokens, 1, 2, 64, "token", "key", None, 1.0, tuple(t.transpose(-1, -2) for t in storage), tokens
-        )
 
 
 def test_refuses_rotations_that_are_no_signs(device):

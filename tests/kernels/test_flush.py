@@ -1,44 +1,141 @@
-"""Which rows flush, and what is left of their dense regions, against the references."""
+"""Flushes in Triton, of all layers at once, against plain PyTorch."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minikv_compile import MiniKVConfig
+from minikv_compile.fixed import allocate, least_pinned
+from minikv_compile.fixed import room as space_behind
 from minikv_compile.kernels import flush
 from minikv_compile.kernels.packing import BLOCK
+from minikv_compile.ops import ROLES, grouping
+from minikv_compile.rotation import rotation_matrix
 
 
-def rows(used, tier, pinned, length, device):
-    state = [[length - u, 7, t * BLOCK, 0, p, BLOCK] for u, t, p in zip(used, tier, pinned, strict=True)]
-    return torch.tensor(state, dtype=torch.int32, device=device)
+def layers_of(config, used, dim, dtype, device, length=0):
+    """Of layers with rows of so many dense tokens each: keys, values, as `flush` takes them."""
+    made = {role: [] for role in ROLES}
+    for rows in used:
+        for role in ROLES:
+            *tier, dense, state = allocate(config, role, len(rows), 2, 1000, dim, dtype, device)
+            dense.copy_(torch.randn(dense.shape, device=device))
+            state[:, 0] = length - torch.tensor(rows, dtype=torch.int32, device=device)
+            state[:, 2] = torch.arange(len(rows), device=device) * BLOCK
+            made[role].append([*tier[:3], dense, state, tier[-1]])
+    return made.values()
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    held=st.lists(st.tuples(st.integers(0, 700), st.integers(0, 300)), min_size=1, max_size=40), n=st.integers(1, 300),
-    window=st.integers(0, 130), blocks=st.integers(0, 5), length=st.integers(0, 5000),
-)  # fmt: skip
-def test_plan(device, held, n, window, blocks, length):
-    used, pinned = zip(*held, strict=True)
-    state = rows(used, range(len(used)), pinned, length, device)
-    arguments = (length, n, window + BLOCK, window, blocks)
-    assert torch.equal(flush.plan_triton(state, *arguments), flush.plan_reference(state, *arguments))
+def run(kind, config, keys, values, n=1, length=0, space=None, counted=0):
+    """A flush by the reference, or in Triton."""
+    dense = (keys or values)[0][3]
+    groupings = [grouping(config, role, dense.shape[-1]) for role in ROLES]
+    space = space or space_behind(config, dense.shape[2])
+    return kind(
+        keys, values, length, n, space, config.window, (space - config.window) // BLOCK, config.bits,
+        *zip(*groupings, strict=True), rotation_matrix(config.rotation, dense.shape[-1], dense.device), config.balances,
+        config.clip, counted=counted,
+    )  # fmt: skip
 
 
+def copies(*layers):
+    return [[[t.clone() for t in tensors] for tensors in held] for held in layers]
+
+
+def alike(layers, expected, length=0):
+    """Whether two flushes have one result, where it is specified."""
+    for tensors, others in zip(layers, expected, strict=True):
+        *tier, dense, state, _ = tensors
+        *tier_there, dense_there, state_there, _ = others
+        assert torch.equal(state, state_there)
+        for got, there in zip(tier[1:3], tier_there[1:3], strict=True):  # scales and zeros
+            torch.testing.assert_close(got.float(), there.float(), rtol=1e-2, atol=1e-3)
+        for row, left in enumerate((length - state[:, 0]).tolist()):
+            assert torch.equal(dense[row, :, :left].nan_to_num(), dense_there[row, :, :left].nan_to_num())
+
+
+@pytest.mark.parametrize("preset", ["default", "minikv", "mikv"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [64, 80])
-@pytest.mark.parametrize("sinks, window, capacity", [(4, 64, 196), (0, 0, 128), (3, 5, 700)])
-def test_move_up(device, dtype, dim, sinks, window, capacity):
-    used = [capacity, capacity - 1, sinks, 0, min(capacity, sinks + window + BLOCK)]
-    pinned = [sinks, sinks + 1, sinks, sinks, 0]
-    dense = torch.randn(len(used), 2, capacity, dim, device=device).to(dtype)
-    state = rows(used, range(len(used)), pinned, 1000, device)
-    plan = flush.plan_reference(state, 1000, 1, capacity - sinks, window, 5)
-    assert plan[0, 0] > 0 and plan[0, 3] == 0
-    expected, expected_state = dense.clone(), state.clone()
-    flush.move_up_reference(expected, expected_state, plan)
-    flush.move_up_triton(dense, state, plan)
-    assert torch.equal(state, expected_state)
-    for row, left in enumerate((plan[2] - plan[0]).tolist()):
-        assert torch.equal(dense[row, :, :left], expected[row, :, :left])
+@pytest.mark.parametrize("length, counted", [(0, 1), (1000, 0)])
+def test_like_the_reference(device, preset, dtype, dim, length, counted):
+    config = MiniKVConfig.preset(preset)
+    pinned = least_pinned(config)
+    full = pinned + config.room
+    keys, values = layers_of(config, [[full, full - 1], [full - 1, full - 1], [3, full]], dim, dtype, device, length)
+    keys[0][3][0, 1, pinned + 5, 3] = torch.nan
+    if config.balances:
+        for tensors in keys:
+            tensors[-1].uniform_(0.5, 2)
+    expected = copies(keys, values)
+    assert run(flush.flush_reference, config, *expected, 1, length, counted=counted).all()
+    assert run(flush.flush_triton, config, keys, values, 1, length, counted=counted).all()
+    alike(keys, expected[0], length - counted)
+    alike(values, expected[1], length - counted)
+    assert keys[0][4][0, 1] == 1 and keys[0][4][0, 2] == BLOCK
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    held=st.lists(st.tuples(st.integers(0, 192), st.integers(0, 300)), min_size=1, max_size=5), n=st.integers(1, 300),
+    length=st.integers(700, 5000), space=st.sampled_from([192, 256, 400]), roles=st.sampled_from([(1, 1), (1, 0), (0, 1)]),
+)  # fmt: skip
+def test_any_rows(device, held, n, length, space, roles):
+    """Rows of any fill with any number of pinned tokens; keys alone, values alone."""
+    config = MiniKVConfig.preset("default")
+    layers = layers_of(config, [[0] * len(held)], 16, torch.float32, device, length)
+    keys, values = (layer if wanted else [] for layer, wanted in zip(layers, roles, strict=True))
+    for tensors in (*keys, *values):
+        tensors[3] = torch.randn(len(held), 2, 500, 16, device=device)
+        pinned, behind = torch.tensor(held, dtype=torch.int32, device=device).T
+        tensors[4][:, 4], tensors[4][:, 0] = pinned, length - pinned - behind
+    expected = copies(keys, values)
+    same = run(flush.flush_reference, config, *expected, n, length, space)
+    fits = run(flush.flush_triton, config, keys, values, n, length, space)
+    assert fits.all() == same.all()
+    alike(keys, expected[0], length)
+    alike(values, expected[1], length)
+
+
+def test_three_launches_however_many_layers(device, monkeypatch):
+    config, launched = MiniKVConfig(), []
+    for name in ("_plan_kernel", "_flush_kernel"):
+        kernel = getattr(flush, name)
+
+        class Counted:
+            def __init__(self, kernel):
+                self.kernel = kernel
+
+            def __getitem__(self, grid):
+                launched.append(grid)
+                return self.kernel[grid]
+
+        monkeypatch.setattr(flush, name, Counted(kernel))
+    keys, values = layers_of(config, [[10, 20]] * 5, 64, torch.float32, device)
+    run(flush.flush_triton, config, keys, values)
+    assert launched == [(10, 1), (10, 2), (10, 2)]
+
+
+def test_a_table_goes_with_its_storages(device):
+    made = layers_of(MiniKVConfig(), [[1]], 64, torch.float32, device)
+    keys, values = ([tuple(tensors) for tensors in held] for held in made)
+    del made
+    before = len(flush._tables)
+    table = flush.table_of(keys, values)
+    assert len(flush._tables) == before  # nobody asked to keep it
+    table = flush.table_of(keys, values, keep=True)
+    assert flush.table_of(keys, values) is table and len(flush._tables) == before + 1
+    del keys
+    assert len(flush._tables) == before
+
+
+def test_a_tier_without_room(device):
+    config = MiniKVConfig.preset("minikv")
+    full = least_pinned(config) + config.room
+    keys, values = layers_of(config, [[10, full], [10, 10]], 64, torch.float32, device)
+    keys[0][4][1, 2] = keys[0][0].shape[2] * BLOCK
+    assert run(flush.flush_triton, config, keys, values).flatten().tolist() == [False, True, True, True]
+    with pytest.raises(ValueError, match="contiguous"):
+        keys[0][3] = keys[0][3].transpose(0, 1)
+        run(flush.flush_triton, config, keys, values)
