@@ -148,9 +148,9 @@ def _or_shifted(slices: Tensor, bits: int) -> Tensor:
     return (packed - ((packed >> 15) << 16)).to(torch.int16)
 
 
-def _slices(packed: Tensor, bits: int, first_bit: int = 0) -> Tensor:
+def _slices(packed: Tensor, bits: int) -> Tensor:
     """The inverse of `_or_shifted`."""
-    shifts = torch.arange(first_bit, first_bit + WORD_BITS, bits, device=packed.device, dtype=torch.int32).view(-1, 1, 1)
+    shifts = torch.arange(0, WORD_BITS, bits, device=packed.device, dtype=torch.int32).view(-1, 1, 1)
     return (packed.to(torch.int32).unsqueeze(-3) >> shifts) & (2**bits - 1)
 
 
@@ -170,25 +170,22 @@ def pack(codes: Tensor, bits: int, layout: Layout) -> Tensor:
     return torch.cat([chunk.flatten(-2) for chunk in chunks], -1).view(*lead, channels, words(bits))
 
 
-def unpack(packed: Tensor, bits: int, layout: Layout, first_bit: int = 0) -> Tensor:
-    """The inverse of `pack`: int32 [..., blocks, BLOCK, head_dim].
-
-    Args:
-        packed: also int32 that hold two words each, from the bit on where one of them begins: half of the codes, of the
-            even or the odd places of the contracted axis.
-    """
-    if layout == "key":
-        return _slices(packed, bits, first_bit).flatten(-3, -2)
-    slices = WORD_BITS // bits
-    channels, width = packed.shape[-2:]
-    flat = packed.flatten(-2)
-    matrices = [
-        flat[..., first * width : (first + n) * width].unflatten(-1, (n // slices, slices * width))
+def value_matrices(packed: Tensor, bits: int) -> list[Tensor]:
+    """The words of values, [..., blocks, head_dim, W], as the matrix of each chunk, [..., blocks, channels / S, BLOCK]."""
+    *_, channels, width = packed.shape
+    slices, flat = WORD_BITS // bits, packed.flatten(-2)
+    return [
+        flat[..., first * width : (first + n) * width].unflatten(-1, (n // slices, BLOCK))
         for first, n in value_chunks(channels)
     ]
-    chunks = [_slices(matrix, bits, first_bit).flatten(-3, -2) for matrix in matrices]
-    if channels % 16:
-        rest = packed[..., channels - channels % 16 :, :].transpose(-1, -2)
-        chunks.append(_slices(rest, bits, first_bit).flatten(-3, -2).transpose(-1, -2))
-    # A compiler fuses one chunk into what reads it; what was put together it would hold in memory.
-    return (torch.cat(chunks, -2) if len(chunks) > 1 else chunks[0]).transpose(-1, -2)
+
+
+def unpack(packed: Tensor, bits: int, layout: Layout) -> Tensor:
+    """The inverse of `pack`: int32 [..., blocks, BLOCK, head_dim]."""
+    if layout == "key":
+        return _slices(packed, bits).flatten(-3, -2)
+    channels = packed.shape[-2]
+    chunks = [_slices(matrix, bits).flatten(-3, -2) for matrix in value_matrices(packed, bits)]
+    rest = packed[..., channels - channels % 16 :, :].transpose(-1, -2)
+    chunks.append(_slices(rest, bits).flatten(-3, -2).transpose(-1, -2))
+    return torch.cat(chunks, -2).transpose(-1, -2)
