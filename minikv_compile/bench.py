@@ -361,9 +361,10 @@ def bench_table(results: list[Figures | Failed], head: str) -> Table:
             value, base = getattr(r, name), dense and getattr(dense, name)
             return f"{value / unit:.{digits}f}" + (f" ({value / base:.2f}x)" if base else "")
 
+        host, share = (f"{x:.2f}" if x else "" for x in (r.host, r.roofline))
         shown.add_row(
-            f"{r.batch}x{r.prompt}", r.method, cell("first_token", 0), cell("per_token"), f"{r.per_token_p99:.2f}",
-            f"{r.host:.2f}" if r.host is not None else "", f"{r.roofline:.2f}" if r.roofline else "", cell("decode_rate", 1), cell("total_rate", 0),
+            f"{r.batch}x{r.prompt}", r.method, cell("first_token", 0), cell("per_token"), f"{r.per_token_p99:.2f}", host,
+            share, cell("decode_rate", 1), cell("total_rate", 0),
             *(cell(name, 2, 2**30) for name in ("prefill_peak", "decode_peak", "cache_bytes")),
         )  # fmt: skip
     short = {r.method for r in results if isinstance(r, Figures) and r.batch == 1 and baseline(r, results)} - {DENSE}
