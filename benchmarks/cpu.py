@@ -181,7 +181,8 @@ def main(
             results += run(methods.split(","), heads, kv_heads, dtype, parse_tokens(tokens), rounds, repeats)
     Console().print(table_of(results, f"One decode step of attention, {tokens} tokens, {threads} threads"))
     if json_file is not None:
-        about = {**provenance("cpu"), "threads": threads, "head_dim": HEAD_DIM}
+        about = {**provenance("cpu"), "vectors": torch.backends.cpu.get_cpu_capability(), "threads": threads}
+        about |= {"head_dim": HEAD_DIM}
         json_file.write_text(json.dumps({**about, "results": [asdict(r) for r in results]}, indent=1) + "\n")
 
 

@@ -63,12 +63,12 @@ def capacity_table(found: dict[str, Any]) -> str:
 
 def cpu_table(found: dict[str, Any]) -> str:
     """One layer's attention on a CPU, of the file of `benchmarks/cpu.py`."""
-    versions, first = found["versions"], found["results"][0]
+    threads = f"{found['threads']} thread{'s' * (found['threads'] > 1)}"
     lines = [
-        f"On a CPU, one layer's attention over {tokens(first['tokens'])} tokens, one token of one row, head dimension "
-        f"{found['head_dim']}, {found['threads']} thread{'s' * (found['threads'] > 1)} of a shared {found['device']}, torch "
-        f"{versions['torch']}, {found['date']}, all compiled by Inductor\n(`benchmarks/results/cpu.json`; "
-        f"`{found['command']}`). `sdpa-grouped` makes the queries of a KV head one matrix:", "",
+        f"On a CPU: one layer's attention of one token of one row over {tokens(found['results'][0]['tokens'])} tokens, head "
+        f"dimension {found['head_dim']},\n{threads} of a shared machine with {found['vectors']}, torch "
+        f"{found['versions']['torch']}, {found['date']}, all compiled by Inductor\n(`benchmarks/results/cpu.json`; "
+        f"`{found['command']}`).\n`sdpa-grouped` makes the queries of a KV head one matrix:", "",
         "| query / KV heads | dtype | method | ms | of the faster SDPA's time | cache, of dense |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     dense = {(row["kv_heads"], row["dtype"]): row["cache_bytes"] for row in found["results"] if row["method"] == "sdpa"}

@@ -30,7 +30,7 @@ def test_what_failed_and_what_fitted_is_shown(tmp_path):
         {**on_cpu, "method": "sdpa", "per_token": 2.0, "cache_bytes": 8},
         {**on_cpu, "method": "ours", "per_token": 1.0, "of_dense": 0.5, "cache_bytes": 1},
     ]
-    (tmp_path / "cpu.json").write_text(json.dumps({**about, "threads": 1, "head_dim": 128, "results": steps}))
+    (tmp_path / "cpu.json").write_text(json.dumps({**about, "threads": 1, "vectors": "AVX", "head_dim": 128, "results": steps}))
     text = readme.section(tmp_path)
     assert "| 1×1K | `ours` | 2.00 | 1.50 | 1.00 |  | 25.0% |" in text and "| 1×1K | `x` | no |" in text
     assert "| rows of 1K | `ours` | 7 | 6 | 7 | 98.0% |" in text and "| 7 | 6 | | 98.0% |" in text
