@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,32 @@ def capacity_table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def cpu_table(found: dict[str, Any]) -> str:
+    """One layer's attention on a CPU, of the file of `benchmarks/cpu.py`."""
+    threads = f"{found['threads']} thread{'s' * (found['threads'] > 1)}"
+    lines = [
+        f"On a CPU: one layer's attention of one token of one row over {tokens(found['results'][0]['tokens'])} tokens, head "
+        f"dimension {found['head_dim']},\n{threads} of a shared machine with {found['vectors']}, torch "
+        f"{found['versions']['torch']}, {found['date']}, all compiled by Inductor\n(`benchmarks/results/cpu.json`; "
+        f"`{found['command']}`).\n`sdpa-grouped` makes the queries of a KV head one matrix:", "",
+        "| query / KV heads | dtype | method | ms | of the faster SDPA's time | cache, of dense |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    dense = {(row["kv_heads"], row["dtype"]): row["cache_bytes"] for row in found["results"] if row["method"] == "sdpa"}
+    for row in found["results"]:
+        share = row["cache_bytes"] / dense[row["kv_heads"], row["dtype"]]
+        lines.append(
+            f"| {row['heads']} / {row['kv_heads']} | {row['dtype']} | `{row['method']}` | {row['per_token']:.2f} "
+            f"| {row['of_dense']:.2f} | {share:.1%} |"
+        )  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
 def section(results: Path = RESULTS) -> str:
     """What stands between the markers."""
-    read = {file: json.loads((results / file).read_text()) for file in (*FILES, "capacity.json") if (results / file).exists()}
-    parts = [table(file, found) for file, found in read.items() if file != "capacity.json"]
-    if "capacity.json" in read:
-        parts.append(capacity_table(read["capacity.json"]))
+    tables = {file: partial(table, file) for file in FILES} | {"capacity.json": capacity_table, "cpu.json": cpu_table}
+    parts = [
+        write(json.loads((results / file).read_text())) for file, write in tables.items() if (results / file).exists()
+    ]
     return "\n" + "\n".join(parts) + "\n"
 
 

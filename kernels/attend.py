@@ -13,8 +13,9 @@ from .attention import _split_kernel
 from .compress import Packed
 from .jit import check_dtype, check_head_dim, dot_precision, operand_dtype, unit_last
 from .merge import _merge_kernel
-from .packing import BLOCK, WORD_BITS, GroupAxis, dequantize, unpack, value_chunks, words
+from .packing import BLOCK, WORD_BITS, GroupAxis, value_chunks, words
 from .prepare import _prepare_kernel
+from .products import DEQUANTIZED, Products
 from .state import COLUMNS, IN_IMPORTANT, IN_TIER, NO_OFFSET, OFFSET
 from .tuning import AttendTuning, attend_tuning, merge_tuning
 
@@ -39,6 +40,13 @@ def append(dense: Tensor, new: Tensor, state: Tensor, length: int) -> None:
     dense[batch, :, slots.long()] = new.transpose(1, 2)
 
 
+def _zeros_past(valid: Tensor, values: Packed) -> Packed:
+    """Values that are zero where bool `valid` [batch, blocks * BLOCK] is false. There they may be anything, NaN too: 0 * NaN
+    must not reach the output."""
+    past = ~valid.view(valid.shape[0], 1, -1, 1, BLOCK)
+    return values[0], *(meta.masked_fill(past, 0.0) for meta in values[1:])
+
+
 def attend_reference(
     q: Tensor,
     k_tier: Packed | None,
@@ -55,6 +63,7 @@ def attend_reference(
     rotation: Tensor | None,
     balancer: Tensor | None = None,
     important: Important | None = None,
+    products: Products = DEQUANTIZED,
 ) -> Tensor:
     """Attention of the newest `n` tokens of each row, causal among themselves, in plain PyTorch.
 
@@ -69,6 +78,7 @@ def attend_reference(
         rotation: orthogonal [head_dim, head_dim], or None.
         balancer: fp32 [batch, kv_heads, head_dim], positive: by what the keys in tiers were multiplied; or None.
         important: another tier, of row b's `state[b, IN_IMPORTANT]` tokens, beside the first; or None.
+        products: with the tiers.
 
     Returns:
         [batch, heads, n, head_dim] in the dtype of `q`.
@@ -82,28 +92,25 @@ def attend_reference(
     tiers = [] if k_tier is None else [(k_tier, v_tier, bits, IN_TIER)]
     if important is not None:
         tiers.append((important.keys, important.values, important.bits, IN_IMPORTANT))
-    k_packed, v_packed, in_tier = [], [], []
-    for keys, values, width, column in tiers:
-        k_packed.append(dequantize(unpack(keys[0], width, "key"), *keys[1:], k_group, k_axis).flatten(2, 3))
-        packed = dequantize(unpack(values[0], width, "value"), *values[1:], v_group, "channel").flatten(2, 3)
-        in_tier.append(torch.arange(packed.shape[2], device=q.device) < state[:, column, None])  # [batch, packed]
-        # What lies past the valid length may be anything, NaN too: 0 * NaN must not reach the output.
-        v_packed.append(packed.masked_fill(~in_tier[-1][:, None, :, None], 0.0))
+    in_tier = [torch.arange(t[1][0].shape[2] * BLOCK, device=q.device) < state[:, t[-1], None] for t in tiers]
+    logits = [products.keys(stored, keys, width, k_group, k_axis) for keys, _, width, _ in tiers]
 
     ages = torch.arange(n - 1, -1, -1, device=q.device)  # how many new tokens are newer than query i
     seen = length - state[:, OFFSET, None] - ages  # [batch, n] dense tokens that query i sees
     in_dense = torch.arange(k_dense.shape[2], device=q.device) < seen[..., None]  # [batch, n, dense]
     valid = torch.cat([*(part[:, None].expand(-1, n, -1) for part in in_tier), in_dense], -1)[:, None, None]
-    logits = [stored @ keys.transpose(-1, -2) for keys in k_packed]
     logits = torch.cat([*logits, query @ k_dense.float().transpose(-1, -2)], -1) * scale
     logits = logits.view(batch, kv_heads, heads // kv_heads, n, -1).masked_fill(~valid, -torch.inf)
     probs = logits.softmax(-1).view(batch, kv_heads, heads // kv_heads * n, -1)
 
     v_recent = v_dense.float().masked_fill(~in_dense[:, -1][:, None, :, None], 0.0)
-    *of_tiers, of_dense = probs.split([*(v.shape[2] for v in v_packed), v_recent.shape[2]], -1)
+    *of_tiers, of_dense = probs.split([*(part.shape[1] for part in in_tier), v_recent.shape[2]], -1)
     out = of_dense @ v_recent
-    if v_packed:
-        packed = sum(p @ v for p, v in zip(of_tiers, v_packed, strict=True))
+    if tiers:
+        packed = sum(
+            products.values(p, _zeros_past(part, values), width, v_group)
+            for p, part, (_, values, width, _) in zip(of_tiers, in_tier, tiers, strict=True)
+        )
         out = out + (packed if rotation is None else packed @ rotation.float().T)
     return out.view(batch, heads, n, dim).to(q.dtype)
 

@@ -170,17 +170,22 @@ def pack(codes: Tensor, bits: int, layout: Layout) -> Tensor:
     return torch.cat([chunk.flatten(-2) for chunk in chunks], -1).view(*lead, channels, words(bits))
 
 
+def value_matrices(packed: Tensor, bits: int) -> list[Tensor]:
+    """The words of values, [..., blocks, head_dim, W], as the matrix of each chunk, [..., blocks, channels / S, BLOCK]."""
+    *_, channels, width = packed.shape
+    slices, flat = WORD_BITS // bits, packed.flatten(-2)
+    return [
+        flat[..., first * width : (first + n) * width].unflatten(-1, (n // slices, BLOCK))
+        for first, n in value_chunks(channels)
+    ]
+
+
 def unpack(packed: Tensor, bits: int, layout: Layout) -> Tensor:
     """The inverse of `pack`: int32 [..., blocks, BLOCK, head_dim]."""
     if layout == "key":
         return _slices(packed, bits).flatten(-3, -2)
-    slices = WORD_BITS // bits
-    channels, width = packed.shape[-2:]
-    flat = packed.flatten(-2)
-    chunks = [
-        _slices(flat[..., first * width : (first + n) * width].unflatten(-1, (n // slices, BLOCK)), bits).flatten(-3, -2)
-        for first, n in value_chunks(channels)
-    ]
+    channels = packed.shape[-2]
+    chunks = [_slices(matrix, bits).flatten(-3, -2) for matrix in value_matrices(packed, bits)]
     rest = packed[..., channels - channels % 16 :, :].transpose(-1, -2)
     chunks.append(_slices(rest, bits).flatten(-3, -2).transpose(-1, -2))
     return torch.cat(chunks, -2).transpose(-1, -2)

@@ -86,8 +86,9 @@ class Figures:
     total_rate: float
     """Prompt and new tokens per second of all rows, from the first prompt's start to the last step's end."""
     steps: int
-    host: float
-    """What the host is busy for in a step: from the call to its return, the device idle before it."""
+    host: float | None
+    """What the host is busy for in a step: from the call to its return, the device idle before it. None on a CPU, which is the
+    device."""
     prefill_peak: int
     decode_peak: int
     cache_bytes: int
@@ -131,8 +132,10 @@ class Timer:
         torch.cuda.synchronize()
         return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
 
-    def host(self, call: Callable[[], Any], repeats: int) -> float:
-        """The median time that the host is busy with a call."""
+    def host(self, call: Callable[[], Any], repeats: int) -> float | None:
+        """The median time that the host is busy with a call; None where there is no other device."""
+        if not self.on_gpu:
+            return None
         times = []
         for _ in range(repeats):
             self.wait()
@@ -358,9 +361,10 @@ def bench_table(results: list[Figures | Failed], head: str) -> Table:
             value, base = getattr(r, name), dense and getattr(dense, name)
             return f"{value / unit:.{digits}f}" + (f" ({value / base:.2f}x)" if base else "")
 
+        host, share = (f"{x:.2f}" if x else "" for x in (r.host, r.roofline))
         shown.add_row(
-            f"{r.batch}x{r.prompt}", r.method, cell("first_token", 0), cell("per_token"), f"{r.per_token_p99:.2f}",
-            f"{r.host:.2f}", f"{r.roofline:.2f}" if r.roofline else "", cell("decode_rate", 1), cell("total_rate", 0),
+            f"{r.batch}x{r.prompt}", r.method, cell("first_token", 0), cell("per_token"), f"{r.per_token_p99:.2f}", host,
+            share, cell("decode_rate", 1), cell("total_rate", 0),
             *(cell(name, 2, 2**30) for name in ("prefill_peak", "decode_peak", "cache_bytes")),
         )  # fmt: skip
     short = {r.method for r in results if isinstance(r, Figures) and r.batch == 1 and baseline(r, results)} - {DENSE}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from . import capacity as capacities
 from .bench import DENSE, DYNAMIC, QUANTO, STATIC, TRANSFORMERS, check_method, check_model, parse_cases
 from .config import PRESETS, ConfigError
 from .evaluate import PLACES, TEXT, Group, make_group, record_groups, run_methods
+from .long import check_grows, long_table, run_long
 from .longbench import METRICS, TEMPLATE, load_records
 from .measure import FULL, Measurement, answers_table, draw_kept, figures_table, layers_table, measure, parse_method
 from .peers import PEERS, parse_peer
@@ -212,6 +213,38 @@ def _parsed(parse: Callable, *args: Any, option: str, **kwargs: Any) -> Any:
         raise typer.BadParameter(str(error), param_hint=option) from None
 
 
+def _decoding_model(
+    model: str, methods: list[str], layers: int | None, device: str
+) -> tuple[Any, dict[str, Any]]:
+    """A model in bf16 for methods of `bench`, which are checked first, and what results say of where they come from."""
+    for method in methods:
+        try:
+            check_method(method)
+        except (ConfigError, ImportError, ValueError) as error:
+            raise typer.BadParameter(str(error), param_hint="--methods") from None
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    lm = _parsed(load_model, model, layers, place, torch.bfloat16, option="--model")
+    _parsed(check_model, lm, methods, option="--methods")
+    count = lm.config.get_text_config().num_hidden_layers
+    return lm, {**provenance(place), "shape": model, "layers": count, "weight_bytes": weight_bytes(lm)}
+
+
+def _decoding_title(about: dict[str, Any]) -> str:
+    weights = "random weights" if about["shape"] in SHAPES else "its weights"
+    return f"{title(about['shape'])}, {about['layers']} layers, bf16, {weights}"
+
+
+def _collected(results: Iterable[Any], about: dict[str, Any], json_file: Path | None) -> list[Any]:
+    """Results as they come, each printed, and the file written after each: a run that is killed leaves what it has."""
+    found = []
+    for result in results:
+        print(json.dumps(asdict(result)), flush=True)
+        found.append(result)
+        if json_file is not None:
+            json_file.write_text(json.dumps({**about, "results": benchmark.rows_of(found)}, indent=1) + "\n")
+    return found
+
+
 @app.command()
 def bench(
     model: Annotated[str, typer.Option(help=MODELS)] = "llama-3.1-8b",
@@ -239,31 +272,40 @@ def bench(
 ) -> None:
     """Time prefill and decode of a whole model in bf16, and its memory, with each method."""
     chosen, tried = split_methods(methods), _parsed(parse_cases, cases, option="--cases")
-    for method in chosen:
-        try:
-            check_method(method)
-        except (ConfigError, ImportError, ValueError) as error:
-            raise typer.BadParameter(str(error), param_hint="--methods") from None
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    lm = _parsed(load_model, model, layers, place, torch.bfloat16, option="--model")
-    _parsed(check_model, lm, chosen, option="--methods")
-    count = lm.config.get_text_config().num_hidden_layers
+    lm, about = _decoding_model(model, chosen, layers, device)
+    place = lm.device
     bandwidth = benchmark.copy_bandwidth(place, 2**30 if place.type == "cuda" else 2**26)
     settings = benchmark.Settings(inner, steps, rows, minutes, tuned, bandwidth)
-    about = {
-        **provenance(place), "shape": model, "layers": count, "weight_bytes": weight_bytes(lm), "tuned": tuned,
-        "copy_bandwidth": bandwidth,
-    }  # fmt: skip
-    results = []
-    for result in benchmark.run_cases(lm, tried, chosen, settings):
-        print(json.dumps(asdict(result)), flush=True)
-        results.append(result)
-        if json_file is not None:  # after each: a run that is killed leaves what it has
-            json_file.write_text(json.dumps({**about, "results": benchmark.rows_of(results)}, indent=1) + "\n")
-    weights = "random weights" if model in SHAPES else "its weights"
-    console.print(benchmark.bench_table(results, f"{title(model)}, {count} layers, bf16, {weights}"))
+    about |= {"tuned": tuned, "copy_bandwidth": bandwidth}
+    results = _collected(benchmark.run_cases(lm, tried, chosen, settings), about, json_file)
+    console.print(benchmark.bench_table(results, _decoding_title(about)))
     if plot is not None:
         benchmark.draw(benchmark.rows_of(results), plot)
+
+
+@app.command()
+def long(
+    model: Annotated[str, typer.Option(help=MODELS)] = "llama-3.1-8b",
+    tokens: Annotated[str, typer.Option(help="That are generated in each row: 20000, 20k.")] = "20k",
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 4,
+    prompt: Annotated[str, typer.Option(help="Tokens of each row's prompt.")] = "4k",
+    every: Annotated[int, typer.Option(min=1, help="Tokens between two checkpoints.")] = 2000,
+    methods: Annotated[str, typer.Option(help=DECODERS)] = f"default,default{DYNAMIC}",
+    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than a named shape has.")] = None,
+    inner: Annotated[
+        Literal["inductor", "eager"], typer.Option(help="Compiler of the decode step, where a method has one.")
+    ] = "inductor",
+    device: Device = "auto",
+    json_file: Json = None,
+) -> None:
+    """Generate for long, and say at checkpoints what is allocated, what the cache takes, the time per token, and whether
+    anything was compiled again."""
+    chosen, length = split_methods(methods), _parsed(parse_tokens, prompt, option="--prompt")
+    _parsed(check_grows, chosen, option="--methods")
+    lm, about = _decoding_model(model, chosen, layers, device)
+    settings = benchmark.Settings(inner, _parsed(parse_tokens, tokens, option="--tokens"))
+    results = _collected(run_long(lm, chosen, batch, length, every, settings), about, json_file)
+    console.print(long_table(results, f"{_decoding_title(about)}, {batch} rows of {length:,} tokens"))
 
 
 @app.command()

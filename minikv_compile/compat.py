@@ -244,6 +244,11 @@ def count(**amounts: int) -> None:
     counters["minikv"].update(amounts)
 
 
+def compiled_graphs() -> int:
+    """Graphs that Dynamo has had compiled in this process."""
+    return counters["stats"]["unique_graphs"]
+
+
 def new_size(like: Tensor, minimum: int) -> torch.SymInt:
     """A size that a custom op's fake implementation cannot know: `torch.library.get_ctx().new_dynamic_size`, also where
     Dynamo was not asked to capture ops of data-dependent shape (that is for the user's ops, not for ours).

@@ -25,6 +25,13 @@ def test_what_failed_and_what_fitted_is_shown(tmp_path):
     fitted = {"method": "ours", "what": "batch", "prompt": 1024, "planned": 7, "fits": 6, "too_many": 7, "planned_bytes": 100,
               "peak_bytes": 98, "failed": ""}  # fmt: skip
     (tmp_path / "capacity.json").write_text(json.dumps({**about, "results": [fitted, {**fitted, "too_many": 0}]}))
+    on_cpu = {"heads": 8, "kv_heads": 2, "dtype": "float32", "tokens": 1024, "of_dense": 1.0}
+    steps = [
+        {**on_cpu, "method": "sdpa", "per_token": 2.0, "cache_bytes": 8},
+        {**on_cpu, "method": "ours", "per_token": 1.0, "of_dense": 0.5, "cache_bytes": 1},
+    ]
+    (tmp_path / "cpu.json").write_text(json.dumps({**about, "threads": 1, "vectors": "AVX", "head_dim": 128, "results": steps}))
     text = readme.section(tmp_path)
     assert "| 1×1K | `ours` | 2.00 | 1.50 | 1.00 |  | 25.0% |" in text and "| 1×1K | `x` | no |" in text
     assert "| rows of 1K | `ours` | 7 | 6 | 7 | 98.0% |" in text and "| 7 | 6 | | 98.0% |" in text
+    assert "over 1K tokens" in text and "| 8 / 2 | float32 | `ours` | 1.00 | 0.50 | 12.5% |" in text

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minikv_compile.kernels.attend import Important, attend, attend_triton
+from minikv_compile.kernels.attend import Important, append, attend, attend_reference, attend_triton
 from minikv_compile.kernels.compress import compress_reference
 from minikv_compile.kernels.packing import BLOCK, value_group
+from minikv_compile.kernels.products import FOLDED
 from minikv_compile.kernels.tuning import AttendTuning
 from minikv_compile.rotation import hadamard
 
@@ -166,6 +167,26 @@ def test_matches_reference(device, **choices):
 def test_important_tier(device, **choices):
     """Two tiers and the dense region are one softmax; any of the tiers may be empty, in one row or in both."""
     check(Case(**choices), device)
+
+
+@settings(max_examples=40)
+@given(
+    dim=st.sampled_from([16, 64, 80, 96, 128, 256]), ratio=st.sampled_from([1, 4]), new=st.sampled_from([1, 3]),
+    dtype=st.sampled_from(DTYPES), bits=st.sampled_from([2, 4, 8]), important_bits=st.sampled_from([0, 4, 8]),
+    k_group=st.sampled_from([16, 32, 64, 128]), k_axis=st.sampled_from(["token", "channel"]),
+    v_group=st.sampled_from([16, 64, 128]), in_tier=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    balance=st.booleans(), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_folded_products(**choices):
+    """The same numbers, NaN past what is valid or not."""
+    case = Case(**choices, kv_heads=2)
+    q, k_new, v_new, *others = build(case)
+    q = q.float()
+    for dense, new in zip(others[2:4], (k_new, v_new), strict=True):
+        append(dense, new, others[4], others[5])
+    expected, folded = attend_reference(q, *others), attend_reference(q, *others, products=FOLDED)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(folded, expected, rtol=2e-5, atol=2e-5)
 
 
 def test_ragged_rows(device):
