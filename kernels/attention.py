@@ -367,7 +367,7 @@ def _attend_dense(
 def _prefetch(BLOCKS, first, count, SIZE: tl.constexpr):
     """Ask the L2 cache for the first two of `count` blocks of SIZE elements from block `first` on."""
     BYTES: tl.constexpr = SIZE * BLOCKS.dtype.element_ty.primitive_bitwidth // 8
-    line = tl.arange(0, next_power_of_2(2 * BYTES // 128)) * 128
+    line = tl.arange(0, next_power_of_2(max(2 * BYTES // 128, 1))) * 128
     address = (BLOCKS + first * SIZE).to(tl.int64) + tl.minimum(line, count * BYTES - 1)
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1

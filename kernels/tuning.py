@@ -117,6 +117,7 @@ ATTEND_VARIANTS: dict[str, dict[str, object]] = {
     "programs5": dict(programs=5),
     "programs12-reg168": dict(programs=12, registers=168, stages=2),  # about 150 bytes of spills
     "programs12-reg168-stages3": dict(programs=12, registers=168, stages=3),
+    "programs10-reg200": dict(programs=10, registers=200),
     "programs16": dict(programs=16),
     "merge1": dict(merge=((None, 1, 128, 128),)),
     "merge16": dict(merge=((None, 16, 128, 8),)),

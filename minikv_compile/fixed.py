@@ -21,7 +21,7 @@ from .kernels import attend, flush
 from .kernels.important import NO_TOKEN
 from .kernels.packing import BLOCK, metadata_dtype
 from .kernels.state import COLUMNS, IN_TIER, OFFSET, PINNED
-from .ops import MIN_BLOCKS, READS_HOST, ROLES, stored_tokens, without_autocast
+from .ops import MIN_BLOCKS, READS_HOST, ROLES, on_its_own, stored_tokens
 from .policy import POLICIES
 from .rotation import rotation_matrix
 from .tensor import news, warn_not_finite
@@ -132,7 +132,7 @@ def report(held: list[tuple[str, int, Tensor, Tensor]], config: MiniKVConfig, pr
 
 
 @custom_op("minikv::store_prompt", mutates_args=("key", "value", "important", "kept", "length", "padding"), tags=READS_HOST)
-@without_autocast
+@on_its_own
 def store_prompt(
     k: Tensor, v: Tensor, scores: Tensor | None, order: Tensor | None, lengths: Tensor | None, key: list[Tensor],
     value: list[Tensor], important: Tensor, kept: Tensor, length: Tensor, padding: Tensor, place: int, count: int, max_length: int,
@@ -203,7 +203,7 @@ def _(k, v, scores, order, lengths, key, value, important, kept, length, padding
 
 
 @custom_op("minikv::make_room", mutates_args=("key", "value", "length"))
-@without_autocast
+@on_its_own
 def make_room(
     key: list[Tensor], value: list[Tensor], length: list[Tensor], padding: Tensor, n: int, mask: Tensor | None,
     max_length: int | None, config: str,
@@ -340,7 +340,7 @@ def require(condition: Tensor, message: str) -> None:
 
 
 @custom_op("minikv::extend_attention", mutates_args=("key", "value", "length"), tags=READS_HOST)
-@without_autocast
+@on_its_own
 def extend_attention(
     q: Tensor, k: Tensor, v: Tensor, key: list[Tensor], value: list[Tensor], length: Tensor, padding: Tensor,
     mask: Tensor | None, max_length: int | None, scale: float, config: str,
@@ -390,7 +390,7 @@ def _settle(tensors: list[Tensor], dense: Tensor, n: int, role: str, config: Min
 
 
 @custom_op("minikv::update", mutates_args=("key", "value", "length"))
-@without_autocast
+@on_its_own
 def update(
     k: Tensor, v: Tensor, key: list[Tensor], value: list[Tensor], important: Tensor, kept: Tensor, length: Tensor,
     padding: Tensor, max_length: int, config: str,
@@ -451,20 +451,29 @@ def read_dense(
 
 
 @custom_op("minikv::padding_of", mutates_args=(), tags=READS_HOST)
-def padding_of(mask: Tensor) -> Tensor:
-    """Which prompt tokens are no padding, of a mask [batch, 1, seq, keys] that came from outside of the graph.
+def padding_of(mask: Tensor, whole: bool = False) -> Tensor:
+    """Which tokens are no padding, of a mask [batch, 1, n, keys] that came from outside of the graph.
+
+    Args:
+        whole: the keys are all tokens, of which the `n` queries are the last. Else they are the room of a cache, and the
+            queries are its first tokens: a prompt.
 
     Returns:
-        bool [batch, seq].
+        bool [batch, keys if `whole` else n].
 
     Raises:
         ValueError: the mask says anything else than causal and padding.
     """
-    if not is_causal(mask, 0):
-        raise ValueError("The attention mask of a prompt must be causal, with padding at most.")
-    return seen_keys(mask)[0][:, -1, : mask.shape[2]].clone()  # keys behind the prompt are not there yet
+    n, keys = mask.shape[2:]
+    seen, says_yes_or_no = seen_keys(mask)
+    message = "The attention mask, which comes from outside of the graph, must be causal, with padding at most."
+    if n == 1:
+        require(says_yes_or_no, message)  # one token sees what is there, and a step should not wait for the device
+    elif not is_causal(mask, keys - n if whole else 0):
+        raise ValueError(message)
+    return seen[:, -1, : keys if whole else n].clone()  # keys behind a prompt are not there yet
 
 
 @padding_of.register_fake
-def _(mask):
-    return mask.new_empty((mask.shape[0], mask.shape[2]), dtype=torch.bool)
+def _(mask, whole=False):
+    return mask.new_empty((mask.shape[0], mask.shape[3 if whole else 2]), dtype=torch.bool)

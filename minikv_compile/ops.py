@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,8 +35,9 @@ READS_HOST = (torch.Tag.cudagraph_unsafe,)
 """Tags of the ops of several tokens, which copy between host and device: no CUDA graph may hold them."""
 
 
-def without_autocast(op: Callable) -> Callable:
-    """Codes and scores must not depend on the caller's autocast."""
+def on_its_own(op: Callable) -> Callable:
+    """Codes and scores must not depend on the caller's autocast, nor may kernels be launched on the caller's GPU, if tensors
+    are on another: that of the layer, where a model is spread over several."""
 
     @wraps(op)
     def run(*args, **kwargs):
@@ -43,9 +45,18 @@ def without_autocast(op: Callable) -> Callable:
             for kind in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))
+            device = _device_of(args)
+            if device.type == "cuda" and device.index != torch.cuda.current_device():
+                stack.enter_context(torch.cuda.device(device))
             return op(*args, **kwargs)
 
     return run
+
+
+def _device_of(args: Sequence[Any]) -> torch.device:
+    """Of the first tensor, which may be in lists."""
+    first = next(x for x in args if isinstance(x, Tensor) or (isinstance(x, (list, tuple)) and x))
+    return first.device if isinstance(first, Tensor) else _device_of(first)
 
 
 @custom_op("minikv::align_rows", mutates_args=(), tags=READS_HOST)
@@ -81,7 +92,7 @@ def take_tokens(x: Tensor, order: Tensor) -> Tensor:
 
 
 @custom_op("minikv::prefill_attention", mutates_args=(), tags=READS_HOST)
-@without_autocast
+@on_its_own
 def prefill_attention(
     q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, lengths: Tensor | None, scale: float, observed: int | None
 ) -> tuple[Tensor, Tensor]:
@@ -135,7 +146,7 @@ def stored_tokens(state: Tensor, length: int | Tensor) -> Tensor:
 
 
 @custom_op("minikv::compress", mutates_args=(), tags=READS_HOST)
-@without_autocast
+@on_its_own
 def compress_prompt(
     k: Tensor, v: Tensor, scores: Tensor | None, order: Tensor | None, lengths: Tensor | None, layer: int, layers: int,
     config: str, q_range: Tensor | None = None,
@@ -302,7 +313,7 @@ def tier_shapes(config: MiniKVConfig, role: str, blocks: int, dim: int, bits: in
 
 
 @custom_op("minikv::decode_attention", mutates_args=("k_dense", "v_dense"))
-@without_autocast
+@on_its_own
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, k_tier: Sequence[Tensor], v_tier: Sequence[Tensor], k_dense: Tensor,
     v_dense: Tensor, state: Tensor, length: int, scale: float, config: str, padding: Tensor | None = None,
@@ -375,7 +386,7 @@ def decode_attention_in_graph(
     )  # fmt: skip
 
 
-@without_autocast
+@on_its_own
 def flush(
     keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]], length: int, n: int, room: int, blocks: int,
     config: MiniKVConfig, counted: int = 0,
@@ -422,7 +433,7 @@ def place_tokens(values: Tensor, mask: Tensor) -> Tensor:
 
 
 @custom_op("minikv::dequantize", mutates_args=())
-@without_autocast
+@on_its_own
 def dequantize(
     tier: Sequence[Tensor], dense: Tensor, state: Tensor, important: Tensor | None, kept: Tensor | None, length: int,
     role: str, config: str,

@@ -123,7 +123,7 @@ def _prefill(
     count_not_finite(rewriter, site, call.args[5:7], stores=True)
     rows = (None, None)
     if mask is not None:
-        rows = rewriter._aligned(_read_outside(rewriter, mask) if outside else mask, call.args[0], _first(site, call))
+        rows = rewriter._aligned(read_outside(rewriter, mask) if outside else mask, call.args[0], _first(site, call))
     q_range = rewriter.query_range(site, call.args[0], rows)
     call.args = (*call.args[:2], None, *rows, *call.args[5:], q_range)
     if q_range is not None:
@@ -152,13 +152,13 @@ def _first(site: Site, call: Node) -> Node:
     return min(site.node, call, key=list(call.graph.nodes).index)
 
 
-def _read_outside(rewriter: Rewriter, mask: Node) -> Node:
-    """The [batch, seq] padding of a mask, read once per graph."""
+def read_outside(rewriter: Rewriter, mask: Node, whole: bool = False) -> Node:
+    """The padding of a mask (`minikv::padding_of`), read once per graph."""
     for user in mask.users:
         if user.target is minikv.padding_of.default:
             return user
     with rewriter.graph.inserting_after(rewriter.originals[-1]):
-        node = rewriter.graph.call_function(minikv.padding_of.default, (mask,))
+        node = rewriter.graph.call_function(minikv.padding_of.default, (mask, whole))
     node.meta["example_value"] = example(mask)[:, 0, -1].bool()
     return node
 

@@ -22,7 +22,8 @@ from ..tensor import SEQ, KVTensor
 from . import fixed, functional, static
 from .graph import callee, erase_dead, example, is_call, is_getitem, same, shape, size_getter
 from .layers import Layers, number
-from .masks import Predicate, read_mask, reduces_to_padding
+from .masks import Predicate, is_written, read_mask, reduces_to_padding
+from .sight import check_now
 from .sites import NotKept, NotTaken, Site, outputs, read_site, sites_in, where
 from .sizes import lower_sizes
 from .writes import Write
@@ -218,6 +219,8 @@ class Rewriter:
                 raise NotTaken("is_causal with a past lets the new token see the oldest keys only")
             return None
         if None in masks:
+            if (padding := self._padding_from_outside(site, new, tokens)) is not None:
+                return padding
             node = site.masks[masks.index(None)].node
             what = "mask" if example(node).dtype == torch.bool else "mask, or bias by position (ALiBi),"
             raise NotTaken(f"its {what} is not understood (built by {callee(node) or node.op})")
@@ -229,6 +232,16 @@ class Rewriter:
         if not predicate.padding:
             return None
         return predicate.padding[0]
+
+    def _padding_from_outside(self, site: Site, new: Any, tokens: Any) -> Node | None:
+        """The padding of a mask [batch, 1, new, tokens] that another graph made: read, and checked, when it runs."""
+        mask, sizes = site.masks[0].node, (shape(site.query)[0], 1, new, tokens)
+        known = isinstance(self.value_of(mask), torch.Tensor)
+        fits = known and len(shape(mask)) == 4 and all(same(a, b) for a, b in zip(shape(mask), sizes, strict=True))
+        if not fits or len(site.masks) > 1 or site.masks[0].blocks or mask.op != "placeholder" or is_written(mask):
+            return None
+        check_now(self, mask)
+        return fixed.read_outside(self, mask, whole=True)
 
     def _prefill(
         self, site: Site, key: functional.Slot, value: functional.Slot, padding: Node | None, place: int, count: int

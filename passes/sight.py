@@ -59,7 +59,7 @@ def read_sight(rewriter: Rewriter, site: Site, write: Write, new: Any, direct: b
         raise NotTaken("is_causal together with a mask")
     plain = _plain_mask(site, write, new, direct)
     if plain is not None and plain.op == "placeholder" and not is_written(plain):
-        _check_now(rewriter, plain, 0 if direct else position)
+        check_now(rewriter, plain, 0 if direct else position)
         return Sight(direct, padding=plain, checked=None if direct else plain)
     seeds: dict[Node, Any] = {}
     if position.source is not None and not position.is_count:
@@ -110,9 +110,12 @@ def _plain_mask(site: Site, write: Write, new: Any, direct: bool) -> Node | None
     return mask if fits and (same(sizes[0], batch) or same(sizes[0], 1)) else None
 
 
-def _check_now(rewriter: Rewriter, mask: Node, position: Position | int) -> None:
-    """Raise unless a mask from outside is causal for the call that the graph is captured from: later ones are checked."""
+def check_now(rewriter: Rewriter, mask: Node, position: Position | int | None = None) -> None:
+    """Raise unless a mask from outside is causal for the call that the graph is captured from: later ones are checked.
+    `position`: of its first query; None if the queries are the last of its keys."""
     value = rewriter.value_of(mask)
+    if position is None:
+        position = value.shape[3] - value.shape[2]
     if isinstance(position, Position):
         source = position.source
         position = position.start if source is None else int(rewriter.value_of(source).flatten()[0])

@@ -72,7 +72,7 @@ def slice_in_slice_out(buffer, new, positions, start):
 
 
 def computed_positions(buffer, new, positions, start):
-    return buffer.index_copy_(2, torch.arange(start, start + new.shape[2]), new)
+    return buffer.index_copy_(2, torch.arange(start, start + new.shape[2], device=new.device), new)
 
 
 BY_POSITION = [setitem, setitem_ellipsis, index_copy, index_copy_negative, index_put]
@@ -93,7 +93,7 @@ def repeated(model, q, k, v, positions, start):
 
 
 def grid(model, q, k, v, positions, start):
-    return sdpa(q, k, v, torch.arange(ROOM) <= positions[:, None])
+    return sdpa(q, k, v, torch.arange(ROOM, device=q.device) <= positions[:, None])
 
 
 def additive(model, q, k, v, positions, start):
@@ -108,8 +108,8 @@ def written_out(model, q, k, v, positions, start):
 
 
 def grid_of_start(model, q, k, v, positions, start):
-    queries = torch.arange(start, start + q.shape[2])
-    return sdpa(q, k, v, torch.arange(k.shape[2]) <= queries[:, None])
+    queries = torch.arange(start, start + q.shape[2], device=q.device)
+    return sdpa(q, k, v, torch.arange(k.shape[2], device=q.device) <= queries[:, None])
 
 
 def triangle_of_start(model, q, k, v, positions, start):
@@ -487,7 +487,7 @@ def test_nan_in_a_prompt_is_reported_once():
 
 
 def sliding(model, q, k, v, positions, start):
-    keys, queries = torch.arange(ROOM), positions[:, None]
+    keys, queries = torch.arange(ROOM, device=q.device), positions[:, None]
     return sdpa(q, k, v, (keys <= queries) & (keys > queries - 8))
 
 
@@ -496,11 +496,11 @@ def sliding_triangle(model, q, k, v, positions, start):
 
 
 def shifted(model, q, k, v, positions, start):
-    return sdpa(q, k, v, torch.arange(ROOM) <= positions[:, None] + 1)
+    return sdpa(q, k, v, torch.arange(ROOM, device=q.device) <= positions[:, None] + 1)
 
 
 def unknown_mask(model, q, k, v, positions, start):
-    return sdpa(q, k, v, model.triangle[None, None, positions].logical_or(torch.arange(ROOM) == 3))
+    return sdpa(q, k, v, model.triangle[None, None, positions].logical_or(torch.arange(ROOM, device=q.device) == 3))
 
 
 def padded(model, q, k, v, positions, start):

@@ -105,7 +105,7 @@ def test_buffers_that_are_there_before_the_prompt():
     model, ids, backend = tiny(), prompt(30), make_backend(strict=True)
     expected = greedy(model, ids)
     cache = static(model)
-    cache.early_initialization(1, 2, 16, torch.float32, torch.device("cpu"))
+    cache.early_initialization(1, 2, 16, torch.float32, torch.get_default_device())
     same(generate(compiled(model, backend), ids, cache), expected)
     assert all_given_back(cache) and kinds(backend) == BOTH
 
