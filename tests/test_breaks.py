@@ -2,16 +2,12 @@
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
+import torch.nn.functional as F
 from transformers import StaticCache
 
 from minikv_compile import KVTensor, explain
 
 from .helpers import PlainDecoder, captured, causal, compiled, greedy, make_backend, prompt, run_plain, tiny
-
-OLD_MASKS = Version(transformers.__version__) < Version("5.20")
-"""There each part makes a mask for the others, which they do not understand."""
 
 
 def broken(layers, how, at=1, **changes):
@@ -41,7 +37,6 @@ def layers_of(backend):
     return found
 
 
-@pytest.mark.skipif(OLD_MASKS, reason="masks come from another graph")
 @pytest.mark.parametrize("how, skip, skipped", [("disabled", 2, 2), ("inside", -1, 2), ("inside", -3, 0)])
 def test_skipped_layers(how, skip, skipped):
     model, backend = broken(3, how), make_backend(skip_layers=(skip,))
@@ -59,7 +54,6 @@ def test_skipped_layers(how, skip, skipped):
     assert (found["prefill"], found["decode"], found["listed in skip_layers"]) == (taken, taken, {skipped})
 
 
-@pytest.mark.skipif(OLD_MASKS, reason="masks come from another graph")
 def test_budgets_are_those_of_the_whole_model():
     ids, kept = prompt(1344), []
     for how in (None, "inside"):
@@ -109,3 +103,51 @@ def test_a_function_around_the_model_is_whole():
         cache = step(ids)
     assert [isinstance(layer.keys, KVTensor) for layer in cache.layers] == [True, True, False]
     assert all(site.layer_known for graph in backend.graphs for site in graph)
+
+
+def outside(batch, n, length, first=0, additive=False):
+    """A mask [batch, 1, n, length] as another graph makes it: causal, `first` tokens of padding in row 1."""
+    mask = torch.arange(length) <= torch.arange(length - n, length)[:, None]
+    mask = mask & (torch.arange(length) >= torch.tensor([0, first])[:batch, None, None])
+    return torch.where(mask, 0.0, torch.finfo(torch.float32).min)[:, None] if additive else mask[:, None]
+
+
+def masked(q, k, v, past, mask):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("preset", ["lossless", "default"])
+def test_masks_of_another_graph(preset, additive):
+    model, ids, backend = PlainDecoder(masked), prompt(300, 2), make_backend(preset, strict=True)
+    step, results = torch.compile(model, backend=backend), []
+    with torch.no_grad():
+        for call in (model, step):
+            past, out, end = None, [], 0
+            for n in (280, 1, 1, 9, 1):  # a prompt, steps, a second turn
+                end += n
+                logits, past = call(ids[:, end - n : end], past, mask=outside(2, n, end, 7, additive))
+                out.append(logits)
+            results.append(torch.cat(out, 1))
+        assert all(isinstance(x, KVTensor) for pair in past for x in pair)
+        assert past[0][0].kept_mask()[1, 0].tolist() == [False] * 7 + [True] * 285
+        if preset == "lossless":
+            for row, first in ((0, 0), (1, 7)):
+                torch.testing.assert_close(results[1][row, first:], results[0][row, first:], rtol=0, atol=1e-4)
+        assert results[1].isfinite().all()
+        for _ in range(3):  # a graph that is there raises when it runs, a new one when it is made
+            with pytest.raises(Exception, match="be causal|is not causal"):
+                step(ids[:, :9], past, mask=outside(2, 9, 301, 7, additive).roll(1, 2))
+        with pytest.raises(ValueError, match="does not fit"):
+            step(ids[:, :1], past, mask=outside(2, 1, 293, 9, additive))
+
+
+def test_a_mask_of_another_graph_that_is_not_causal_is_left_alone():
+    model, ids, backend = PlainDecoder(masked), prompt(40, 2), make_backend()
+    mask = outside(2, 40, 40) | (torch.arange(40) < 5)  # a prefix that all see
+    with torch.no_grad():
+        expected, _ = model(ids, mask=mask)
+        actual, past = torch.compile(model, backend=backend)(ids, mask=mask)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    assert all("from outside of the graph, is not causal" in site.reason for site in backend.graphs[0])
+    assert type(past[0][0]) is torch.Tensor
