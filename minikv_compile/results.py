@@ -187,32 +187,44 @@ def draw_pareto(cells: list[Cell], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 
     rows = [[c for c in cells if (c.bits_per_byte is None) == scored] for scored in (True, False)]
     rows = [row for row in rows if row]
     lengths = sorted({cell.length for cell in cells})
-    size = 5.5 * len(lengths), 4.2 * len(rows)
+    methods = list(dict.fromkeys(cell.method for cell in cells))
+    size = 4 + 5.5 * len(lengths), max(4.2 * len(rows), 1 + 0.19 * len(methods))
     figure, axes = plt.subplots(
         len(rows), len(lengths), figsize=size, squeeze=False, sharey="row", layout="constrained"
     )
     for panels, row in zip(axes, rows, strict=True):
         for panel, length in zip(panels, lengths, strict=True):
-            _draw_panel(panel, [cell for cell in row if cell.length == length])
+            _draw_panel(panel, [cell for cell in row if cell.length == length], methods)
             panel.set_title(f"{length:,} tokens", loc="left", fontsize=10)
-    legends = [panel.get_legend_handles_labels() for panel in axes.flat]
-    marks = {label: mark for marks, labels in legends for mark, label in zip(marks, labels, strict=True)}
-    figure.legend(marks.values(), marks.keys(), loc="outside right upper", fontsize=8)
+    about = [Line2D([], [], ls="", marker="s", color=_colour(i), label=method) for i, method in enumerate(methods)]
+    about += [Line2D([], [], ls=ls, marker=mark, color="grey", label=f"question {place}") for place, mark, ls in PLACES]
+    figure.legend(handles=about, loc="outside right upper", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
-def _draw_panel(panel: Any, cells: list[Cell]) -> None:
+PLACES = ("inside", "o", "-"), ("after", "^", "--")
+"""Of the question, with its mark and the line of its frontier."""
+
+
+def _colour(number: int) -> tuple[float, ...]:
+    """Neighbours differ in hue: the strong half of the twenty first."""
+    import matplotlib
+
+    return matplotlib.colormaps["tab20"](2 * number % 20 + number // 10 % 2)
+
+
+def _draw_panel(panel: Any, cells: list[Cell], methods: list[str]) -> None:
     if not cells:
         panel.set_axis_off()
         return
-    methods = list(dict.fromkeys(cell.method for cell in cells))
-    for place, mark, line in (("inside", "o", "-"), ("after", "^", "--")):
+    for place, mark, line in PLACES:
         points = []
         for number, method in enumerate(methods):
             mine = [cell for cell in cells if (cell.method, cell.place) == (method, place)]
@@ -220,15 +232,16 @@ def _draw_panel(panel: Any, cells: list[Cell]) -> None:
                 continue
             x, y, below, above = _mean(mine)
             points.append((x, y))
-            style = dict(fmt=mark, color=f"C{number % 10}", capsize=3, label=f"{method}, question {place}")
-            panel.errorbar(x, y, [[below], [above]], **style)
+            panel.errorbar(x, y, [[below], [above]], fmt=mark, color=_colour(number), capsize=3)
         sign = 1 if _is_score(cells) else -1  # fewer bits are better
         front = pareto((x, sign * y) for x, y in points)
         xs, ys = [x for x, _ in front], [sign * y for _, y in front]
         panel.plot(xs, ys, line, color="grey", lw=1, drawstyle="steps-post")
     panel.set_ylabel("score, mean over tasks, %" if _is_score(cells) else "bits per byte")
     panel.set_xlabel("bytes, % of the dense cache")
-    panel.set_xlim(left=0)
+    panel.set_xscale("log")
+    panel.set_xticks(ticks := [5, 10, 20, 35, 50, 100], [str(tick) for tick in ticks], minor=False)
+    panel.set_xticks([], minor=True)
     panel.grid(alpha=0.3)
 
 
