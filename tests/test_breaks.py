@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from transformers import StaticCache
 
 from minikv_compile import KVTensor, explain
@@ -37,7 +38,12 @@ def layers_of(backend):
     return found
 
 
-@pytest.mark.parametrize("how, skip, skipped", [("disabled", 2, 2), ("inside", -1, 2), ("inside", -3, 0)])
+SKIPPED = [("disabled", 2, 2), ("inside", -1, 2)]
+if Version(torch.__version__) >= Version("2.12"):  # before, a part behind the break does not know its layer, and says so
+    SKIPPED.append(("inside", -3, 0))
+
+
+@pytest.mark.parametrize("how, skip, skipped", SKIPPED)
 def test_skipped_layers(how, skip, skipped):
     model, backend = broken(3, how), make_backend(skip_layers=(skip,))
     prompts = [prompt(20), prompt(12, 2)]  # the second recompiles
