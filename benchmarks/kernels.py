@@ -376,9 +376,8 @@ def flush_row(bench: Benchmark, batch: int, layers: int) -> None:
     states = torch.stack([kv.state for kv in tensors])
     for kv, state in zip(tensors, states, strict=True):
         kv.state = state
-        kv._take_blocks(1, config.room)  # its tier grows once
-    kept, again = states.clone(), [kv.occupancy.copy().rows for kv in tensors]
-    before = [([o - BLOCK for o in offsets], [b - 1 for b in blocks]) for offsets, blocks, *_ in again]
+        kv._blocks_to_flush(1, config.room)  # its tier grows once
+    kept, before = states.clone(), [(kv.occupancy.offsets, kv.occupancy.blocks) for kv in tensors]
 
     def run():
         states.copy_(kept)

@@ -147,7 +147,7 @@ def move_head_up(base, gone, used, pinned, D: tl.constexpr, DP: tl.constexpr, BL
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["length", "n", "counted", "batch"])
+@triton.jit(do_not_specialize=["length", "n", "counted", "capacity", "room", "window", "blocks", "batch", "tier_blocks"])
 def _plan_kernel(
     TABLE, PLAN, SEEN, FITS, length, n, counted, capacity, room, window, blocks, batch, tier_blocks,
     FIELDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -226,14 +226,14 @@ def _flush_kernel(
 def flush_triton(
     keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]], length: int, n: int, room: int, window: int,
     blocks: int, bits: int, groups: Sequence[int], axes: Sequence[GroupAxis], rotation: Tensor | None, balanced: bool,
-    clip: float, counted: int = 0,
+    clip: float, counted: int = 0, keep: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`flush` in Triton."""
+    """`flush` in Triton. `keep`: the table, for tensors that stay where they are."""
     if not all(t.is_contiguous() for tensors in (*keys, *values) for t in tensors[:5]):
         raise ValueError("flush writes into contiguous tensors only.")
     layers, (codes, scale, _, dense, *_) = len(keys) + len(values), (*keys, *values)[0]
     batch, heads, capacity, dim = dense.shape
-    table, device = table_of(keys, values), dense.device
+    table, device = table_of(keys, values, keep), dense.device
     plan = torch.empty(layers, 4, batch, dtype=torch.int32, device=device)
     seen = torch.empty(layers, batch, capacity, dtype=torch.int32, device=device)
     rows = min(32, triton.next_power_of_2(batch))
@@ -267,7 +267,8 @@ def _element(x: Tensor) -> tl.dtype:
     return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[x.dtype]
 
 
-def flush(keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]], *arguments, **more) -> Tensor:
-    """Arguments and result as of `flush_reference`."""
-    on_gpu = (*keys, *values)[0][0].is_cuda
-    return (flush_triton if on_gpu else flush_reference)(keys, values, *arguments, **more)
+def flush(keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]], *arguments, counted: int, keep: bool) -> Tensor:
+    """Arguments and result as of `flush_triton`."""
+    if (*keys, *values)[0][0].is_cuda:
+        return flush_triton(keys, values, *arguments, counted=counted, keep=keep)
+    return flush_reference(keys, values, *arguments, counted=counted)

@@ -293,7 +293,8 @@ def _flush(
         leaving = flush.plan_reference(state, 0, n, space, config.window, blocks)[0]
         require((state[:, IN_TIER] + leaving <= tensors[0].shape[2] * BLOCK).all(), FULL_TIER)
     parts = [(*tensors[:3], dense, state, tensors[DENSE - 1])]
-    ops.flush(*((parts, []) if role == "key" else ([], parts)), 0, n, space, blocks, config)
+    stays = dense is tensors[DENSE]
+    ops.flush(*((parts, []) if role == "key" else ([], parts)), 0, n, space, blocks, config, keep=stays)
 
 
 def check_step(mask: Tensor | None, length: Tensor, padding: Tensor, n: int, max_length: int) -> None:
@@ -389,7 +390,7 @@ def _settle(tensors: list[Tensor], dense: Tensor, n: int, role: str, config: Min
         own.copy_(dense[:, :, : own.shape[2]])
 
 
-@custom_op("minikv::update", mutates_args=("key", "value", "length"))
+@custom_op("minikv::update", mutates_args=("key", "value", "length"), tags=READS_HOST)
 @on_its_own
 def update(
     k: Tensor, v: Tensor, key: list[Tensor], value: list[Tensor], important: Tensor, kept: Tensor, length: Tensor,

@@ -389,7 +389,7 @@ def decode_attention_in_graph(
 @on_its_own
 def flush(
     keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]], length: int, n: int, room: int, blocks: int,
-    config: MiniKVConfig, counted: int = 0,
+    config: MiniKVConfig, counted: int = 0, keep: bool = False,
 ) -> Tensor:  # fmt: skip
     """`kernels.flush.flush` as a configuration has it. No graph calls it by itself, so it is no custom op, which would cost
     more on the host than its launches."""
@@ -398,7 +398,7 @@ def flush(
     rotation = rotation_matrix(config.rotation, dense.shape[-1], dense.device)
     return flush_kernels.flush(
         keys, values, length, n, room, config.window, blocks, config.bits, groups, axes, rotation, config.balances,
-        config.clip, counted=counted,
+        config.clip, counted=counted, keep=keep,
     )  # fmt: skip
 
 

@@ -201,22 +201,24 @@ class KVTensor(DenseOnUse):
         alike = not self.config.counts_vary or self.occupancy.oversized
         return self.occupancy.room(self.dense.shape[SEQ]) if alike else self.config.room
 
-    def _take_blocks(self, n: int, room: int) -> int:
-        """Count as flushed, in the rows whose dense region could not hold `n` more in `room` tokens behind the pinned ones,
-        what is older than the window, in whole blocks, and let the tier grow for it. Each row flushes at the same length as it
-        would alone. Returns the most blocks of a row."""
-        occupancy = self.occupancy
+    def _blocks_to_flush(self, n: int, room: int) -> list[int]:
+        """Of each row, for a tier that has grown for them: blocks of what is older than the window, in rows whose dense region
+        could not hold `n` more in `room` tokens behind the pinned ones. Each row flushes at the same length as it would alone."""
         if self.config.bits == 16:
-            return 0
-        blocks = [ops.blocks_to_flush(used, n, room, self.config) for used in occupancy.behind_pinned(self.length)]
-        if not any(blocks):
-            return 0
-        occupancy.offsets = [o + new * BLOCK for o, new in zip(occupancy.offsets, blocks, strict=True)]
-        occupancy.blocks = [b + new for b, new in zip(occupancy.blocks, blocks, strict=True)]
-        if (needed := max(occupancy.blocks)) > self.codes.shape[SEQ]:
-            for name in ("codes", "scale", "zero"):
+            return [0]
+        used = self.occupancy.behind_pinned(self.length)
+        blocks = [ops.blocks_to_flush(tokens, n, room, self.config) for tokens in used]
+        needed = max(known + new for known, new in zip(self.occupancy.blocks, blocks, strict=True))
+        for name in ("codes", "scale", "zero"):
+            if needed > getattr(self, name).shape[SEQ]:
                 setattr(self, name, _resized(getattr(self, name), needed + needed // 64))
-        return max(blocks)
+        return blocks
+
+    def _count_flushed(self, blocks: list[int]) -> None:
+        """Know of a flush that has been launched."""
+        known = self.occupancy
+        known.offsets = [offset + new * BLOCK for offset, new in zip(known.offsets, blocks, strict=True)]
+        known.blocks = [before + new for before, new in zip(known.blocks, blocks, strict=True)]
 
     def _kind(self) -> tuple:
         """What tensors that are flushed together have alike."""
@@ -321,10 +323,12 @@ def make_room(tensors: list[KVTensor], counts: list[int]) -> list[KVTensor]:
             room = kv.config.room if kv.occupancy.oversized else kv._room()
             if kv.occupancy.oversized or max(kv.occupancy.behind_pinned(kv.length + n)) > room:
                 full.append((kv, n, room))
-                if blocks := kv._take_blocks(n, room):
-                    flushed[kv._kind(), kv.length, n, room, blocks].append(kv)
+                if any(blocks := kv._blocks_to_flush(n, room)):
+                    flushed[kv._kind(), kv.length, n, room, max(blocks)].append((kv, blocks))
         for (_, *bounds), alike in flushed.items():
-            _flush(alike, *bounds)
+            _flush([kv for kv, _ in alike], *bounds)
+            for kv, blocks in alike:
+                kv._count_flushed(blocks)
         for kv, n, room in full:
             if kv.occupancy.oversized or max(kv.occupancy.behind_pinned(kv.length + n)) > room:
                 kv._resize_dense(n)

@@ -234,10 +234,11 @@ class Rewriter:
         return predicate.padding[0]
 
     def _padding_from_outside(self, site: Site, new: Any, tokens: Any) -> Node | None:
-        """The padding of a mask [batch, 1, new, tokens] that another graph made: read, and checked, when it runs."""
+        """The padding of a mask [batch, 1, new, tokens] that another graph made: read, and checked, when it runs. Not where
+        tokens are dropped: then nothing tells a step's padding from a window that hides tokens which are there."""
         mask, sizes = site.masks[0].node, (shape(site.query)[0], 1, new, tokens)
-        known = isinstance(self.value_of(mask), torch.Tensor)
-        fits = known and len(shape(mask)) == 4 and all(same(a, b) for a, b in zip(shape(mask), sizes, strict=True))
+        readable = isinstance(self.value_of(mask), torch.Tensor) and not self.config.drops
+        fits = readable and len(shape(mask)) == 4 and all(same(a, b) for a, b in zip(shape(mask), sizes, strict=True))
         if not fits or len(site.masks) > 1 or site.masks[0].blocks or mask.op != "placeholder" or is_written(mask):
             return None
         check_now(self, mask)

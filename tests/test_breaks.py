@@ -157,3 +157,17 @@ def test_a_mask_of_another_graph_that_is_not_causal_is_left_alone():
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
     assert all("from outside of the graph, is not causal" in site.reason for site in backend.graphs[0])
     assert type(past[0][0]) is torch.Tensor
+
+
+def test_masks_of_another_graph_where_tokens_are_dropped():
+    """A window that begins to hide tokens could not be told from padding: the sites stay the model's own."""
+    model, ids, backend = PlainDecoder(masked), prompt(301), make_backend("minikv")
+    step = torch.compile(model, backend=backend)
+    hidden = outside(1, 1, 301) & (torch.arange(301) >= 296)
+    with torch.no_grad():
+        _, past = step(ids[:, :300], mask=outside(1, 300, 300))
+        actual, _ = step(ids[:, 300:], past, mask=hidden)
+        _, past = model(ids[:, :300], mask=outside(1, 300, 300))
+        expected, _ = model(ids[:, 300:], past, mask=hidden)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    assert not any(site.kind for graph in backend.graphs for site in graph)

@@ -40,8 +40,9 @@ def test_what_a_graph_holds_is_on_the_device_of_its_layer():
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
-@pytest.mark.parametrize("fixed", [False, True], ids=["dynamic", "fixed"])
-@pytest.mark.parametrize("preset", ["lossless", "default", "minikv"])
+@pytest.mark.parametrize(
+    "preset, fixed", [("lossless", False), ("lossless", True), ("default", False), ("default", True), ("minikv", True)]
+)
 def test_device_map_over_two_gpus(preset, fixed, inner):
     """Each layer is compressed where it runs, and answers are those of one device."""
     model, ids = tiny(layers=4, head_dim=64), prompt(400, batch=2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from minikv_compile import KVTensor, MiniKVConfig, PackedInt
+from minikv_compile import KVTensor, MiniKVConfig, PackedInt, tensor
 from minikv_compile.kernels.packing import BLOCK
 from minikv_compile.kernels.state import IN_IMPORTANT, IN_TIER
 from minikv_compile.ops import fields
@@ -512,3 +512,34 @@ def test_a_copy_does_not_report_again(recwarn):
     recwarn.clear()
     report_not_finite([kv, kv.clone(), kv[torch.tensor([0])]], [0, 1, 2])
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("failing", [1, 3, 5])
+def test_a_flush_that_runs_out_of_memory_can_be_tried_again(monkeypatch, failing):
+    """What the host knows is never ahead of the storage, whichever of two tensors' allocations fails."""
+    resized, allocations, failures = tensor._resized, [], []
+
+    def out_of_memory(x, size):
+        allocations.append(size)
+        if len(allocations) == failing:
+            failures.append(size)
+            raise torch.OutOfMemoryError("no memory")
+        return resized(x, size)
+
+    monkeypatch.setattr(tensor, "_resized", out_of_memory)
+    pair, others = ([make(length=500, role=role, x=x)[0] for role in ("key", "value")] for x in [torch.ones(1, 2, 500, DIM)] * 2)
+    for _ in range(300):
+        new = new_tokens()
+        allocations.clear()
+        try:
+            pair = tensor.make_room(pair, [1, 1])
+        except torch.OutOfMemoryError:
+            pair = tensor.make_room(pair, [1, 1])
+        pair = [torch.cat([kv, new], 2) for kv in pair]
+        allocations.append(-failing)  # those of the others never fail
+        allocations.extend([0] * failing)
+        others = [torch.cat([kv, new], 2) for kv in others]
+    assert failures
+    for kv, other in zip(pair, others, strict=True):
+        assert torch.equal(kv.dequantize(), other.dequantize()) and torch.equal(kv.state, other.state)
+        assert kv.occupancy.offsets == kv.state[:, 0].tolist()

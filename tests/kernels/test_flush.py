@@ -13,6 +13,8 @@ from minikv_compile.kernels.packing import BLOCK
 from minikv_compile.ops import ROLES, grouping
 from minikv_compile.rotation import rotation_matrix
 
+from .test_compress import assert_same_codes
+
 
 def layers_of(config, used, dim, dtype, device, length=0):
     """Of layers with rows of so many dense tokens each: keys, values, as `flush` takes them."""
@@ -23,6 +25,8 @@ def layers_of(config, used, dim, dtype, device, length=0):
             dense.copy_(torch.randn(dense.shape, device=device))
             state[:, 0] = length - torch.tensor(rows, dtype=torch.int32, device=device)
             state[:, 2] = torch.arange(len(rows), device=device) * BLOCK
+            for t in tier[:3]:
+                t.fill_(7)
             made[role].append([*tier[:3], dense, state, tier[-1]])
     return made.values()
 
@@ -43,12 +47,13 @@ def copies(*layers):
     return [[[t.clone() for t in tensors] for tensors in held] for held in layers]
 
 
-def alike(layers, expected, length=0):
+def alike(layers, expected, layout, length=0):
     """Whether two flushes have one result, where it is specified."""
     for tensors, others in zip(layers, expected, strict=True):
         *tier, dense, state, _ = tensors
         *tier_there, dense_there, state_there, _ = others
         assert torch.equal(state, state_there)
+        assert_same_codes(tier[0], tier_there[0], 2, layout, most=2e-2)
         for got, there in zip(tier[1:3], tier_there[1:3], strict=True):  # scales and zeros
             torch.testing.assert_close(got.float(), there.float(), rtol=1e-2, atol=1e-3)
         for row, left in enumerate((length - state[:, 0]).tolist()):
@@ -71,8 +76,8 @@ def test_like_the_reference(device, preset, dtype, dim, length, counted):
     expected = copies(keys, values)
     assert run(flush.flush_reference, config, *expected, 1, length, counted=counted).all()
     assert run(flush.flush_triton, config, keys, values, 1, length, counted=counted).all()
-    alike(keys, expected[0], length - counted)
-    alike(values, expected[1], length - counted)
+    alike(keys, expected[0], "key", length - counted)
+    alike(values, expected[1], "value", length - counted)
     assert keys[0][4][0, 1] == 1 and keys[0][4][0, 2] == BLOCK
 
 
@@ -94,8 +99,8 @@ def test_any_rows(device, held, n, length, space, roles):
     same = run(flush.flush_reference, config, *expected, n, length, space)
     fits = run(flush.flush_triton, config, keys, values, n, length, space)
     assert fits.all() == same.all()
-    alike(keys, expected[0], length)
-    alike(values, expected[1], length)
+    alike(keys, expected[0], "key", length)
+    alike(values, expected[1], "value", length)
 
 
 def test_three_launches_however_many_layers(device, monkeypatch):
