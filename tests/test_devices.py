@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from minikv_compile import KVTensor, MiniKVCache, MiniKVConfig, cache_report
 from minikv_compile.rotation import rotation_matrix
@@ -40,11 +42,12 @@ def test_what_a_graph_holds_is_on_the_device_of_its_layer():
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
-@pytest.mark.parametrize(
-    "preset, fixed", [("lossless", False), ("lossless", True), ("default", False), ("default", True), ("minikv", True)]
-)
+@pytest.mark.parametrize("fixed", [False, True], ids=["dynamic", "fixed"])
+@pytest.mark.parametrize("preset", ["lossless", "default", "minikv"])
 def test_device_map_over_two_gpus(preset, fixed, inner):
-    """Each layer is compressed where it runs, and answers are those of one device."""
+    """Each layer is compressed where it runs, and tokens are those of one device."""
+    if preset == "minikv" and not fixed and Version(transformers.__version__) < Version("5.20"):
+        pytest.skip("masks come from another graph, which a policy that drops tokens leaves alone")
     model, ids = tiny(layers=4, head_dim=64), prompt(400, batch=2)
     one = copy.deepcopy(model).to("cuda:0")
     config = MiniKVConfig.preset(preset)
@@ -59,12 +62,7 @@ def test_device_map_over_two_gpus(preset, fixed, inner):
     parts = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(4)), "model.norm", "model.rotary_emb", "lm_head"]
     places = {name: int(i > 2) for i, name in enumerate(parts)}
     got = generated(accelerate.dispatch_model(model, places, main_device=0))
-    if preset == "lossless":
-        assert torch.equal(got.sequences, expected.sequences)
-    # Elsewhere the rounding of a matrix product may choose another code or token: of weights that differ by 2e-7, `minikv`
-    # generates other tokens after nine steps.
-    torch.testing.assert_close(got.logits[0], expected.logits[0], rtol=0, atol=1e-3)
-    assert all(logits.isfinite().all() for logits in got.logits)
+    assert torch.equal(got.sequences, expected.sequences)
     layers = got.past_key_values.layers
     assert [layer.keys.device.index for layer in layers] == [0, 0, 1, 1]
     assert all(isinstance(layer.keys, KVTensor) for layer in layers)
