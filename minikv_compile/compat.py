@@ -150,6 +150,13 @@ def compiled_call() -> tuple[torch.nn.Module | None, bool]:
     return (root if isinstance(root, torch.nn.Module) else None), is_whole
 
 
+def traced_module() -> torch.nn.Module | None:
+    """The module whose method Dynamo is tracing, from its beginning or from behind a graph break."""
+    frame = getattr(tls, "current_tx", None)
+    module = frame.output.local_scope.get("self") if frame is not None else None
+    return module if isinstance(module, torch.nn.Module) else None
+
+
 def ends_in_break(module: GraphModule) -> bool:
     """Whether a graph ends because Dynamo could not trace what follows."""
     reason = getattr(module, "compile_subgraph_reason", None)

@@ -1,7 +1,8 @@
 """Which layer of its model an attention site is, also where graph breaks part the model.
 
 A whole graph counts its sites in execution order. A part does not know how many ran before it, nor how many follow. But the
-module whose compiled call is running knows its attention modules, and each site's weights belong to one of them.
+module whose compiled call is running knows its attention modules, and each site's weights belong to one of them. Where a
+part has no weights, because each layer with some is a graph break, it is the method of one of them.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ def number(rewriter: Rewriter, calls: list[Node]) -> Layers:
 def _owner(rewriter: Rewriter, call: Node, root: nn.Module | None) -> nn.Module | None:
     """The module of `root` that makes the call: of the class that Dynamo saw there, with the nearest weight."""
     stack = list((call.meta.get("nn_module_stack") or {}).values())
+    if not stack and (traced := compat.traced_module()) is not root:
+        return traced
     weight = _nearest_weight(rewriter, call)
     if root is None or not stack or weight is None:
         return None

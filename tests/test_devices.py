@@ -4,8 +4,6 @@ import copy
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 
 from minikv_compile import KVTensor, MiniKVCache, MiniKVConfig, cache_report
 from minikv_compile.rotation import rotation_matrix
@@ -30,7 +28,31 @@ def test_device_map(second, tmp_path):
     torch.testing.assert_close(logits_of(got), logits_of(expected), rtol=0, atol=1e-4)
     for layer in got.past_key_values.layers:
         assert isinstance(layer.keys, KVTensor) and layer.keys.device.type == "cpu"
-    assert {site.layer for graph in backend.graphs for site in graph if site.layer_known} <= {0, 1}
+    assert {site.layer for graph in backend.graphs for site in graph} == {0, 1}
+
+
+def parted(model, places, **options):
+    """The model with accelerate's hooks: each of its modules ends a graph."""
+    return accelerate.dispatch_model(model, places, force_hooks=True, **options)
+
+
+def test_budgets_of_layers_in_graphs_of_their_own():
+    """Graphs without a weight, which accelerate's hooks leave of an attention module, know its layer."""
+    model, ids = tiny(layers=4, head_dim=64), prompt(400)
+    backends = make_backend("minikv"), make_backend("minikv")
+    expected = greedy(compiled(copy.deepcopy(model), backends[0]), ids, 40)
+    torch.compiler.reset()
+    parts = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(4)), "model.norm", "model.rotary_emb", "lm_head"]
+    model = parted(model, dict.fromkeys(parts, "cpu"), main_device="cpu")
+    got = greedy(compiled(model, backends[1]), ids, 40)
+    sites = [site for graph in backends[1].graphs for site in graph]
+    assert all(site.layer_known for site in sites) and {site.layer for site in sites} == {0, 1, 2, 3}
+    if any(site.reason for site in sites):  # masks of another graph, which policies that drop leave alone
+        assert all("mask" in site.reason or "dense" in site.reason for site in sites)
+        return
+    assert torch.equal(got.sequences, expected.sequences)
+    kept = [[layer.keys.kept for layer in cache.past_key_values.layers] for cache in (got, expected)]
+    assert all(map(torch.equal, *kept)) and not torch.equal(kept[0][0], kept[0][3])
 
 
 def test_what_a_graph_holds_is_on_the_device_of_its_layer():
@@ -46,8 +68,6 @@ def test_what_a_graph_holds_is_on_the_device_of_its_layer():
 @pytest.mark.parametrize("preset", ["lossless", "default", "minikv"])
 def test_device_map_over_two_gpus(preset, fixed, inner):
     """Each layer is compressed where it runs, and tokens are those of one device."""
-    if preset == "minikv" and not fixed and Version(transformers.__version__) < Version("5.20"):
-        pytest.skip("masks come from another graph, which a policy that drops tokens leaves alone")
     model, ids = tiny(layers=4, head_dim=64), prompt(400, batch=2)
     one = copy.deepcopy(model).to("cuda:0")
     config = MiniKVConfig.preset(preset)
@@ -55,15 +75,24 @@ def test_device_map_over_two_gpus(preset, fixed, inner):
     def generated(model):
         cache = MiniKVCache(model, 600, 2, config) if fixed else None
         torch.compiler.reset()
-        model = compiled(model, make_backend(preset, inner))
-        return greedy(model, ids.to("cuda:0"), 150, past_key_values=cache, disable_compile=True)
+        backend = make_backend(preset, inner)
+        model = compiled(model, backend)
+        return greedy(model, ids.to("cuda:0"), 150, past_key_values=cache, disable_compile=True), backend
 
-    expected = generated(one)
+    whole = greedy(copy.deepcopy(one), ids.to("cuda:0"), 150)
+    expected, _ = generated(one)
     parts = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(4)), "model.norm", "model.rotary_emb", "lm_head"]
     places = {name: int(i > 2) for i, name in enumerate(parts)}
-    got = generated(accelerate.dispatch_model(model, places, main_device=0))
+    got, backend = generated(accelerate.dispatch_model(model, places, main_device=0))
+    if reasons := {site.reason for graph in backend.graphs for site in graph} - {""}:
+        # Masks come from another graph (torch 2.11), which policies that drop leave alone.
+        assert preset == "minikv" and not fixed and any("mask" in reason for reason in reasons)
+        assert torch.equal(got.sequences, whole.sequences)
+        return
     assert torch.equal(got.sequences, expected.sequences)
     layers = got.past_key_values.layers
     assert [layer.keys.device.index for layer in layers] == [0, 0, 1, 1]
     assert all(isinstance(layer.keys, KVTensor) for layer in layers)
-    assert cache_report(got.past_key_values).bytes == cache_report(expected.past_key_values).bytes
+    # Masks that come from another graph are held as padding, a byte a token.
+    more = cache_report(got.past_key_values).bytes - cache_report(expected.past_key_values).bytes
+    assert more in (0, 4 * ids.shape[1])
