@@ -31,8 +31,8 @@ def provenance(device: torch.device | str) -> dict:
 
 def _command(argv: list[str]) -> str:
     script = Path(argv[0])
-    if script.suffix != ".py":
-        return shlex.join([script.name, *argv[1:]])
+    if script.suffix != ".py" or script.parts[-2:] == ("minikv_compile", "cli.py"):
+        return shlex.join(["minikv" if script.suffix == ".py" else script.name, *argv[1:]])
     if script.is_absolute() and script.is_relative_to(Path.cwd()):
         script = script.relative_to(Path.cwd())
     return "python " + shlex.join([str(script), *argv[1:]])

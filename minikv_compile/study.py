@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -239,12 +240,13 @@ def _table(points: list[Point], x: str) -> Iterator[str]:
     shown = x if x not in (BYTES,) else "bytes, % of dense"
     yield f"| method | {shown} | " + " | ".join(panels) + " |"
     yield "|---" * (2 + len(panels)) + "|"
+    measured = x in (BYTES, BITS)  # of each prompt: a row has their mean
     rows: dict[tuple[str, float], dict[str, Point]] = {}
     for point in points:
-        key = (point.method, round(point.x, 1) if x in (BYTES,) else point.x)
-        rows.setdefault(key, {})[point.panel] = point
+        rows.setdefault((point.method, 0 if measured else point.x), {})[point.panel] = point
     for (method, at), row in rows.items():
-        yield f"| `{method}` | {at:g} | " + " | ".join(_shown(row.get(panel)) for panel in panels) + " |"
+        at = f"{statistics.mean(point.x for point in row.values()):.2f}" if measured else f"{at:g}"
+        yield f"| `{method}` | {at} | " + " | ".join(_shown(row.get(panel)) for panel in panels) + " |"
 
 
 def _shown(point: Point | None) -> str:
