@@ -8,7 +8,7 @@ import _path  # noqa: F401
 import torch
 import triton
 
-from minikv_compile.kernels.attend import block_bytes
+from minikv_compile.kernels.attend import block_bytes, free_columns
 from minikv_compile.kernels.compress import compress_triton, empty_packed
 from minikv_compile.kernels.packing import BLOCK
 from minikv_compile.kernels.tuning import ATTEND_VARIANTS, attend_tuning
@@ -155,5 +155,6 @@ def tuning_of(case: Case):
     """The table's choice for a case, or the variant that it names."""
     size = block_bytes(case.dim, case.bits, case.k_group, case.v_group)
     rows = case.batch * case.heads * case.new
-    chosen = attend_tuning(triton.next_power_of_2(case.dim), case.dtype.itemsize, size, rows)
+    free = free_columns(case.heads // case.kv_heads * case.new, case.k_axis)
+    chosen = attend_tuning(triton.next_power_of_2(case.dim), case.dtype.itemsize, size, rows, free)
     return replace(chosen, **ATTEND_VARIANTS.get(case.variant, {}))

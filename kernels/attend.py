@@ -129,6 +129,11 @@ def block_bytes(dim: int, bits: int, k_group: int, v_group: int) -> float:
     return BLOCK * dim * (bits / 4 + 4 / k_group + 4 / v_group)
 
 
+def free_columns(query_rows: int, k_axis: GroupAxis) -> bool:
+    """Whether the query rows of a KV head leave half of a product's 8 columns free."""
+    return k_axis == "token" and 2 * query_rows <= AttendTuning.min_rows
+
+
 MERGE_WARPS = 8
 
 
@@ -179,10 +184,11 @@ def launches(
     padded, ratio = triton.next_power_of_2(dim), heads // kv_heads
     if tuning is None:
         size = block_bytes(dim, bits, k_group, v_group) if tier else 0
-        tuning = attend_tuning(padded, dtype.itemsize, size, batch * heads * n)
+        tuning = attend_tuning(padded, dtype.itemsize, size, batch * heads * n, free_columns(ratio * n, k_axis))
     row_tile = min(tuning.rows, max(tuning.min_rows, triton.next_power_of_2(ratio * n)))
     tiles = triton.cdiv(ratio * n, row_tile)
     items, rows = batch * kv_heads * tiles, batch * heads * n
+    sides = tuning.sides if free_columns(ratio * n, k_axis) else 1
     multiprocessors, pdl = _device_properties(device)
     programs = multiprocessors * tuning.programs
     merged, columns, step = merge_tuning(rows, tuning)
@@ -197,8 +203,8 @@ def launches(
                   BLOCK=BLOCK),
         prepare=dict(ROWS=16, COLUMNS=min(padded, tuning.prepare_columns), ROTATE=rotate, BALANCE=balance),
         split=dict(BITS=bits, K_GROUP=k_group, K_TOKEN_AXIS=k_axis == "token", V_GROUP=v_group, WORDS=words(bits),
-                   SLICES=WORD_BITS // bits, CHUNKS=tuple(value_chunks(dim)), DENSE_OPERAND=operand_dtype(dtype),
-                   PRECISION=dot_precision(dtype)),
+                   SLICES=WORD_BITS // bits, CHUNKS=tuple(value_chunks(dim)), SIDES=sides,
+                   DENSE_OPERAND=operand_dtype(dtype), PRECISION=dot_precision(dtype)),
         merge=dict(HAS_IMPORTANT=important, MERGED=merged, COLUMNS=min(padded, columns), STEP=step, ROTATE=rotate),
         stages=tuning.stages, registers=tuning.registers, pdl=pdl,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from .jit import (
     LOG2E,
     code_position,
     codes_at,
+    differ,
     entry,
     exp2i,
     exponent,
@@ -19,10 +20,13 @@ from .jit import (
     log2,
     next_power_of_2,
     pinned,
+    rows_of,
+    tile_rows,
     times_scale,
     to_fp16,
     to_fp32,
     to_operand,
+    together,
     transposed,
     value_loads,
     value_tiles,
@@ -111,11 +115,31 @@ def _row(x, i):
 
 
 @triton.jit
+def _side(ROWS: tl.constexpr, SIDES: tl.constexpr):
+    """The side of each column of ROWS."""
+    return tl.arange(0, ROWS) // (ROWS // SIDES)
+
+
+@triton.jit
+def _sides_added(x, SIDES: tl.constexpr):
+    """[..., ROWS] -> [..., ROWS / SIDES]"""
+    if SIDES == 1:
+        return x
+    elif len(x.shape) == 1:
+        return tl.sum(tl.reshape(x, [SIDES, x.shape[0] // SIDES]), 0)
+    else:
+        return tl.sum(tl.reshape(x, [x.shape[0], SIDES, x.shape[1] // SIDES]), 1)
+
+
+@triton.jit
 def _logits_token_groups(
     q, CODES, SCALE, ZERO, factor, D: tl.constexpr, DP: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Logits of one block, base 2: a tuple of BLOCK / TILE tiles [TILE, ROWS], tokens ascending. `q` is [DP, ROWS]."""
+    """Logits of one block, base 2: a tuple of tiles [TILE, ROWS], tokens of each side ascending. `q` is [DP, ROWS] for each
+    side, with zeros in the columns of others."""
+    SIDES: tl.constexpr = len(q)
+    STEPS: tl.constexpr = SLICES // SIDES  # slices of a side
     channel = tl.arange(0, DP)
     token = tl.arange(0, TILE)
     real = channel < D
@@ -125,18 +149,30 @@ def _logits_token_groups(
         tiles = tiles + (tl.load(word_ptr, mask=real[None, :], other=0),)
     zero_ptr = ZERO + tl.arange(0, BLOCK // GROUP)[:, None] * D + channel[None, :]
     zero = to_fp16(tl.load(zero_ptr, mask=real[None, :], other=0.0))
-    offsets = _dot_codes(zero, q, tl.zeros([BLOCK // GROUP, ROWS], tl.float32)) * factor[None, :]
+    offsets = _dot_codes(zero, q[0], tl.zeros([BLOCK // GROUP, ROWS], tl.float32)) * factor[None, :]
+    if SIDES > 1:  # the columns of the first side have them
+        of_rows = tl.broadcast_to(_sides_added(offsets, SIDES)[:, None, :], [BLOCK // GROUP, SIDES, ROWS // SIDES])
+        offsets = tl.reshape(of_rows, [BLOCK // GROUP, ROWS])
     logits = ()
-    for i in tl.static_range(SLICES):
+    for i in tl.static_range(STEPS):
+        unit = factor * (2.0 ** (CODE_EXPONENT - code_position(i * BITS, BITS)))
+        for side in tl.static_range(1, SIDES):
+            power = 2.0 ** (CODE_EXPONENT - code_position((side * STEPS + i) * BITS, BITS))
+            unit = tl.where(_side(ROWS, SIDES) == side, factor * power, unit)
         for part in tl.static_range(WORDS // TILE):
             if (i * WORDS + part * TILE) % GROUP == 0:
-                place = (i * WORDS + part * TILE) // GROUP * D + channel
-                scale = to_fp16(tl.load(SCALE + place, mask=real, other=0.0))
-                folded = q * scale.to(q.dtype)[:, None]
+                folded = ()
                 offset = _row(offsets, (i * WORDS + part * TILE) // GROUP)
-            codes = codes_at(tiles[part], i * BITS, BITS)
-            products = _dot_codes(codes, folded, tl.zeros([TILE, ROWS], tl.float32))
-            unit = factor * (2.0 ** (CODE_EXPONENT - code_position(i * BITS, BITS)))
+                for side in tl.static_range(SIDES):
+                    group = ((side * STEPS + i) * WORDS + part * TILE) // GROUP
+                    scale = to_fp16(tl.load(SCALE + group * D + channel, mask=real, other=0.0))
+                    folded = folded + (q[side] * scale.to(q[side].dtype)[:, None],)
+                    if side > 0:
+                        offset = tl.where(_side(ROWS, SIDES) == side, _row(offsets, group), offset)
+            products = tl.zeros([TILE, ROWS], tl.float32)
+            for side in tl.static_range(SIDES):
+                codes = codes_at(tiles[part], (side * STEPS + i) * BITS, BITS)
+                products = _dot_codes(codes, folded[side], products)
             logits = logits + (products * unit[None, :] + offset[None, :],)
     return logits
 
@@ -218,59 +254,108 @@ def _finite_max(m):
 
 @triton.jit
 def _fold(even, odd, scale, weight):
-    """Probabilities [ROWS, BLOCK / 2] of even and odd tokens, times the tokens' scale [BLOCK] times a power of two, as
-    an operand [BLOCK, ROWS]."""
+    """Probabilities [ROWS, BLOCK / 2] of even and odd tokens, times the scale [SIDES, BLOCK] of the token of the row's
+    side, times a power of two."""
     if even.dtype == tl.float32:
-        scale_even, scale_odd = tl.split(tl.reshape(to_fp32(scale) * weight, [scale.shape[0] // 2, 2]))
-        return _operand(even * scale_even[None, :], odd * scale_odd[None, :])
+        SIDES: tl.constexpr = scale.shape[0]
+        shape: tl.constexpr = [SIDES, even.shape[0] // SIDES, even.shape[1]]
+        scale_even, scale_odd = tl.split(tl.reshape(to_fp32(scale) * weight, [SIDES, even.shape[1], 2]))
+        even = tl.reshape(tl.reshape(even, shape) * scale_even[:, None, :], even.shape)
+        return even, tl.reshape(tl.reshape(odd, shape) * scale_odd[:, None, :], odd.shape)
     else:
-        even, odd = times_scale(even, odd, scale, weight)
-        return _operand(even, odd)
+        return times_scale(even, odd, scale, weight)
 
 
 @triton.jit
-def _store_tile(OUT, real, out, offset, size, CHANNEL: tl.constexpr, POSITION: tl.constexpr, BITS: tl.constexpr):
-    # Two factors: their product could overflow.
-    codes_part = out * (2.0 ** (CODE_EXPONENT - code_position(POSITION, BITS) - P_EXPONENT - S_EXPONENT)) * exp2i(size)
-    result = codes_part + (offset * 2.0**-P_EXPONENT)[None, :]
-    tl.store(OUT[None, :] + (CHANNEL + tl.arange(0, out.shape[0]))[:, None], result, mask=real[None, :])
+def _operands(even, odd, SIDES: tl.constexpr, TOGETHER: tl.constexpr):
+    """Even and odd columns [ROWS, BLOCK / 2] as operands: of each side those of its rows alone, but one if the codes of all
+    sides are multiplied together."""
+    operands = ()
+    if SIDES == 1 or TOGETHER:
+        operands = operands + (_operand(even, odd),)
+    else:
+        for side in tl.static_range(SIDES):
+            even_here, odd_here = rows_of(even, odd, _side(even.shape[0], SIDES) == side)
+            operands = operands + (_operand(even_here, odd_here),)
+    return operands
+
+
+@triton.jit
+def _value_words(
+    CODES, SIDE: tl.constexpr, SIDES: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Rows FIRST ... FIRST + ROWS - 1 of the words of a side's tokens, or below one another those of all sides."""
+    token = tl.arange(0, BLOCK // SIDES)
+    if together(ROWS, SIDES):
+        row = tl.arange(0, ROWS * SIDES)
+        place = (FIRST + row % ROWS) * BLOCK + row // ROWS * (BLOCK // SIDES)
+    else:
+        place = (FIRST + tl.arange(0, ROWS)) * BLOCK + SIDE * (BLOCK // SIDES)
+    return tl.load(CODES + place[:, None] + token[None, :])
+
+
+@triton.jit
+def _own_side(out, SIDES: tl.constexpr, TOGETHER: tl.constexpr):
+    """Of the output [channels, ROWS] of values of all sides, below one another, that of the column's side."""
+    if SIDES == 1 or not TOGETHER:
+        return out
+    else:
+        channels: tl.constexpr = out.shape[0] // SIDES
+        of_row = tl.arange(0, out.shape[0]) // channels
+        of_column = _side(out.shape[1], SIDES)
+        out = tl.where(of_row[:, None] == of_column[None, :], out, 0.0)
+        return tl.sum(tl.reshape(out, [SIDES, channels, out.shape[1]]), 0)
+
+
+@triton.jit
+def _sums_of_group(zeros, group, SIDES: tl.constexpr, GROUPS: tl.constexpr):
+    """sum_t p_t z_tg of each column, from the row of its side."""
+    sums = _row(zeros, group)
+    for side in tl.static_range(1, SIDES):
+        sums = tl.where(_side(sums.shape[0], SIDES) == side, _row(zeros, side * GROUPS + group), sums)
+    return sums
 
 
 @triton.jit
 def _attend_tier(
-    q_ptr, real, factor, K_CODES, K_SCALE, K_ZERO, V_CODES, V_SCALE, V_ZERO, OUT, place, first, last,
-    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, K_GROUP: tl.constexpr,
-    K_TOKEN_AXIS: tl.constexpr, V_GROUP: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr,
-    SLICES: tl.constexpr, CHUNKS: tl.constexpr, EXACT: tl.constexpr,
+    q_ptr, real, factor, K_CODES, K_SCALE, K_ZERO, V_CODES, V_SCALE, V_ZERO, OUT, place, first, last, count,
+    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, SIDES: tl.constexpr, BITS: tl.constexpr,
+    K_GROUP: tl.constexpr, K_TOKEN_AXIS: tl.constexpr, V_GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    WORDS: tl.constexpr, SLICES: tl.constexpr, CHUNKS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Blocks `first ... last - 1` of the tier that starts at block `place`.
+    """Blocks `first ... last - 1` of the tier that starts at block `place`; each in SIDES parts of its tokens, at once.
 
-    Stores the output of `real` rows, not divided by its sum, in OUT [D, ROWS]. Returns (maximum [ROWS] base 2, sum
-    [ROWS]).
+    The columns of `q_ptr`, `real` and `factor` [ROWS] are the same query rows for each side. Stores the output of the
+    first `count` of them, not divided by its sum, at OUT [ROWS / SIDES], and behind its channels (maximum base 2, sum).
     """
     # Tokens per tile: a slice of a word tile, or a part of one so that no tile spans two token groups.
     K_TILE: tl.constexpr = min(K_GROUP if K_TOKEN_AXIS else 16, WORDS)
-    K_META: tl.constexpr = BLOCK // K_GROUP * D if K_TOKEN_AXIS else D // K_GROUP * BLOCK
     GROUPS: tl.constexpr = D // V_GROUP
-    Z_ROWS: tl.constexpr = next_power_of_2(GROUPS + 1)
+    Z_ROWS: tl.constexpr = next_power_of_2(SIDES * GROUPS + 1)
     LOADS: tl.constexpr = value_loads(CHUNKS, V_GROUP, SLICES)
     TILES: tl.constexpr = value_tiles(CHUNKS, V_GROUP, SLICES)
-    token = tl.arange(0, BLOCK)
+    token = tl.arange(0, SIDES)[:, None] * (BLOCK // SIDES) + tl.arange(0, BLOCK // SIDES)[None, :]
     z_row = tl.arange(0, Z_ROWS)
-    if K_TOKEN_AXIS:
-        q = tl.load(q_ptr[None, :] + tl.arange(0, DP)[:, None], mask=real[None, :], other=0.0)
-    else:
-        inner = tl.arange(0, DP // K_GROUP)[:, None, None] * K_GROUP + tl.arange(0, K_GROUP)[None, :, None]
-        q = tl.load(q_ptr[None, None, :] + inner, mask=real[None, None, :], other=0.0)
+    q = ()
+    for side in tl.static_range(SIDES):
+        if K_TOKEN_AXIS:
+            inner = tl.arange(0, DP)[:, None]
+            mask = (real & (_side(ROWS, SIDES) == side))[None, :]
+            q = q + (tl.load(q_ptr[None, :] + inner, mask=mask, other=0.0),)
+        else:
+            inner = tl.arange(0, DP // K_GROUP)[:, None, None] * K_GROUP + tl.arange(0, K_GROUP)[None, :, None]
+            q = q + (tl.load(q_ptr[None, None, :] + inner, mask=real[None, None, :], other=0.0),)
 
     m = tl.full([ROWS], -float("inf"), tl.float32)
-    zeros = tl.zeros([Z_ROWS, ROWS], tl.float32)  # sum_t p_t z_tg in row g, sum_t p_t in the next
+    # sum_t p_t z_tg of a side's group g in row (side * GROUPS + g), sum_t p_t in the next
+    zeros = tl.zeros([Z_ROWS, ROWS], tl.float32)
     size = tl.full([], LEAST, tl.int32)  # the largest exponent of a value scale yet
     out = ()
     for i in tl.static_range(length_of(TILES)):
-        out = out + (tl.zeros([entry(LOADS, entry(TILES, i, 2), 1), ROWS], tl.float32),)
+        out = out + (tl.zeros([tile_rows(entry(LOADS, entry(TILES, i, 2), 1), SIDES), ROWS], tl.float32),)
 
     # So that the loop's offsets have 32 bits: 15 registers less.
+    K_META: tl.constexpr = BLOCK // K_GROUP * D if K_TOKEN_AXIS else D // K_GROUP * BLOCK
     K_CODES += place * (WORDS * D)
     K_SCALE += place * K_META
     K_ZERO += place * K_META
@@ -287,21 +372,22 @@ def _attend_tier(
             )
         else:
             logits = _logits_channel_groups(
-                q, k_codes, k_scale, k_zero, factor, D, DP, WORDS, K_TILE, BITS, K_GROUP, SLICES, ROWS, BLOCK
+                q[0], k_codes, k_scale, k_zero, factor, D, DP, WORDS, K_TILE, BITS, K_GROUP, SLICES, ROWS, BLOCK
             )
-        v_scale = V_SCALE + at * (GROUPS * BLOCK)
+        v_scale = V_SCALE + at * (GROUPS * BLOCK) + token
         scales = ()
         for group in tl.static_range(GROUPS):
-            scales = scales + (tl.load(v_scale + group * BLOCK + token),)
+            scales = scales + (tl.load(v_scale + group * BLOCK),)
 
-        z_ptr = V_ZERO + at * (GROUPS * BLOCK) + z_row[:, None] * BLOCK + token[None, :]
-        z = tl.load(z_ptr, mask=(z_row < GROUPS)[:, None], other=1.0)
+        z_place = z_row % GROUPS * BLOCK + z_row // GROUPS * (BLOCK // SIDES)
+        z_ptr = V_ZERO + at * (GROUPS * BLOCK) + z_place[:, None] + tl.arange(0, BLOCK // SIDES)[None, :]
+        z = tl.load(z_ptr, mask=(z_row < SIDES * GROUPS)[:, None], other=1.0)
 
         m_new = tl.maximum(m, tl.max(_largest(logits), 0))
         top = _finite_max(m_new)
         decay = tl.exp2(m - top)
         m = m_new
-        size_new = tl.maximum(size, exponent(tl.max(to_fp32(_largest(scales)), 0)))
+        size_new = tl.maximum(size, exponent(tl.max(to_fp32(_largest(scales)))))
         out_decay = decay * exp2i(size - size_new)
         size = size_new
         probs = ()
@@ -314,20 +400,38 @@ def _attend_tier(
         v_words = V_CODES + at * (WORDS * D)
         loads = ()
         for i in tl.static_range(length_of(LOADS)):
-            word = entry(LOADS, i, 0) + tl.arange(0, entry(LOADS, i, 1))
-            loads = loads + (tl.load(v_words + word[:, None] * BLOCK + token[None, :]),)
+            for side in tl.static_range(SIDES):
+                loads = loads + (_value_words(v_words, side, SIDES, entry(LOADS, i, 0), entry(LOADS, i, 1), BLOCK),)
         added = ()
         for i in tl.static_range(length_of(TILES)):
-            if i == 0 or entry(TILES, i, 0) // V_GROUP != entry(TILES, i - 1, 0) // V_GROUP:
-                folded = _fold(even, odd, scales[entry(TILES, i, 0) // V_GROUP], weight)
-            codes = codes_at(loads[entry(TILES, i, 2)], entry(TILES, i, 1) * BITS, BITS)
-            added = added + (_dot_codes(codes, folded, out[i] * out_decay[None, :]),)
+            if differ(TILES, i, 0, V_GROUP):
+                even_folded, odd_folded = _fold(even, odd, scales[entry(TILES, i, 0) // V_GROUP], weight)
+            if differ(TILES, i, 0, V_GROUP) or differ(TILES, i, 2, 1):
+                folded = _operands(even_folded, odd_folded, SIDES, together(entry(LOADS, entry(TILES, i, 2), 1), SIDES))
+            sums = out[i] * out_decay[None, :]
+            for side in tl.static_range(len(folded)):
+                codes = codes_at(loads[entry(TILES, i, 2) * SIDES + side], entry(TILES, i, 1) * BITS, BITS)
+                sums = _dot_codes(codes, folded[side], sums)
+            added = added + (sums,)
         out = added
 
+    real = tl.arange(0, ROWS // SIDES) < count
+    top = m
+    weight = tl.full([ROWS], 1.0, tl.float32)  # of a side, beside the others
+    if SIDES > 1:
+        top = tl.max(tl.reshape(m, [SIDES, ROWS // SIDES]), 0)
+        of_each = tl.broadcast_to(_finite_max(top)[None, :], [SIDES, ROWS // SIDES])
+        weight = tl.exp2(m - tl.reshape(of_each, [ROWS]))
     for i in tl.static_range(length_of(TILES)):
-        offset = _row(zeros, entry(TILES, i, 0) // V_GROUP)
-        _store_tile(OUT, real, out[i], offset, size, entry(TILES, i, 0), entry(TILES, i, 1) * BITS, BITS)
-    return m, _row(zeros, GROUPS) * (2.0**-P_EXPONENT)
+        # Two factors: their product could overflow.
+        part = out[i] * (2.0 ** (CODE_EXPONENT - code_position(entry(TILES, i, 1) * BITS, BITS) - P_EXPONENT - S_EXPONENT))
+        part = _own_side(part * exp2i(size), SIDES, together(entry(LOADS, entry(TILES, i, 2), 1), SIDES))
+        part += _sums_of_group(zeros, entry(TILES, i, 0) // V_GROUP, SIDES, GROUPS)[None, :] * 2.0**-P_EXPONENT
+        channel = entry(TILES, i, 0) + tl.arange(0, part.shape[0])
+        tl.store(OUT[None, :] + channel[:, None], _sides_added(part * weight[None, :], SIDES), mask=real[None, :])
+    total = _sides_added(_row(zeros, SIDES * GROUPS) * weight, SIDES) * (2.0**-P_EXPONENT)
+    tl.store(OUT + D, top, mask=real)
+    tl.store(OUT + D + 1, total, mask=real)
 
 
 @triton.jit
@@ -382,7 +486,7 @@ def _split_kernel(
     KV_HEADS: tl.constexpr, RATIO: tl.constexpr, NEW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, BATCH: tl.constexpr, UNIT: tl.constexpr, HAS_TIER: tl.constexpr,
     BITS: tl.constexpr, K_GROUP: tl.constexpr, K_TOKEN_AXIS: tl.constexpr, V_GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    WORDS: tl.constexpr, SLICES: tl.constexpr, CHUNKS: tl.constexpr, DENSE_OPERAND: tl.constexpr,
+    WORDS: tl.constexpr, SLICES: tl.constexpr, CHUNKS: tl.constexpr, SIDES: tl.constexpr, DENSE_OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one share of the units, item by item.
@@ -444,12 +548,14 @@ def _split_kernel(
             tl.store(part + D + 1, total, mask=real)
         if HAS_TIER:
             if stop > dense_units:
-                part += slots.to(tl.int64) * (ROWS * (D + 4))
-                m, total = _attend_tier(
-                    Q_TIER + q_row.to(tl.int64) * DP, real, tl.load(FACTOR + q_row, mask=real, other=0.0),
-                    K_CODES, K_SCALE, K_ZERO, V_CODES, V_SCALE, V_ZERO, part, pair.to(tl.int64) * capacity,
-                    tl.maximum(first - dense_units, 0), stop - dense_units, D, DP, ROWS, BITS, K_GROUP, K_TOKEN_AXIS,
-                    V_GROUP, BLOCK, WORDS, SLICES, CHUNKS, Q_TIER.dtype.element_ty == tl.float32,
+                tier_row = row - row % ROWS + row % (ROWS // SIDES)  # the same query rows for each side
+                tier_real = tier_row < RATIO * NEW
+                tier_q = pair * (RATIO * NEW) + tier_row
+                tier_part = PARTS + ((slots + slot) * ROWS + tl.arange(0, ROWS // SIDES)) * (D + 4)
+                _attend_tier(
+                    Q_TIER + tier_q.to(tl.int64) * DP, tier_real, tl.load(FACTOR + tier_q, mask=tier_real, other=0.0),
+                    K_CODES, K_SCALE, K_ZERO, V_CODES, V_SCALE, V_ZERO, tier_part, pair.to(tl.int64) * capacity,
+                    tl.maximum(first - dense_units, 0), stop - dense_units, RATIO * NEW - item % TILES * ROWS,
+                    D, DP, ROWS, SIDES, BITS, K_GROUP, K_TOKEN_AXIS, V_GROUP, BLOCK, WORDS, SLICES, CHUNKS,
+                    Q_TIER.dtype.element_ty == tl.float32,
                 )  # fmt: skip
-                tl.store(part + D, m, mask=real)
-                tl.store(part + D + 1, total, mask=real)

@@ -119,6 +119,10 @@ def _pair_asm(bf16):
     return "{ .reg .b32 t; .reg .b16 x, y; .reg .f32 a, b; " + to_fp32 + product + " }"
 
 
+_PRODUCTS = tl.constexpr("{ .reg .b32 p; mov.b32 p, {$2, $3}; mul.rn.f16x2 p, p, $4; mov.b32 {$0, $1}, p; }")
+"""Of two fp16 numbers with those of a register."""
+
+
 @triton.jit
 def _first(a, b):
     return a
@@ -126,13 +130,16 @@ def _first(a, b):
 
 @triton.jit
 def times_scale(even, odd, scale, weight):
-    """(even, odd) [R, T / 2], the even and the odd columns of an fp16 tile, times the columns' 16-bit `scale` [T] times
-    a scalar, rounded to fp16."""
-    scale_even, scale_odd = tl.split(tl.reshape(scale, [scale.shape[0] // 2, 2]))
+    """(even, odd) [R, T / 2], the even and the odd columns of an fp16 tile, times the columns' 16-bit `scale` [S, T] times
+    a scalar, rounded to fp16. Row r has the scales of row r // (R / S)."""
+    S: tl.constexpr = scale.shape[0]
+    shape: tl.constexpr = [S, even.shape[0] // S, even.shape[1]]
+    scale_even, scale_odd = tl.split(tl.reshape(scale, [S, even.shape[1], 2]))
+    even_rows, odd_rows = tl.reshape(even, shape), tl.reshape(odd, shape)
     if INTERPRET:
         scale_even = (to_fp32(scale_even) * weight).to(tl.float16)
         scale_odd = (to_fp32(scale_odd) * weight).to(tl.float16)
-        return even * scale_even[None, :], odd * scale_odd[None, :]
+        even_rows, odd_rows = even_rows * scale_even[:, None, :], odd_rows * scale_odd[:, None, :]
     else:
         # A scale becomes fp16 once, in the thread that loads it, two neighbours in one register. Triton would have
         # every thread that needs a scale convert it: but what comes before a reduction (here of one element) along
@@ -143,10 +150,23 @@ def times_scale(even, odd, scale, weight):
             _pair_asm(scale.dtype == tl.bfloat16), "=r,r,r,f", [scale_even, scale_odd, weight], dtype=tl.int32,
             is_pure=False, pack=1,
         )  # fmt: skip
-        pair = tl.reduce(pair[:, None], 1, _first)
+        pair = tl.reduce(pair[:, :, None], 2, _first)
+        even_rows, odd_rows = tl.inline_asm_elementwise(
+            _PRODUCTS, "=h,=h,h,h,r", [even_rows, odd_rows, pair[:, None, :]], dtype=(tl.float16, tl.float16),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    return tl.reshape(even_rows, even.shape), tl.reshape(odd_rows, odd.shape)
+
+
+@triton.jit
+def rows_of(even, odd, mask):
+    """(even, odd) [R, T / 2], the even and the odd columns of a tile, with zeros in the rows where `mask` [R] is false."""
+    if INTERPRET or even.dtype == tl.float32:
+        return tl.where(mask[:, None], even, 0.0), tl.where(mask[:, None], odd, 0.0)
+    else:
+        one_one = tl.where(mask, 0x3C003C00, 0)  # times 1, not AND: the pipe of logic is the busiest
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 p; mov.b32 p, {$2, $3}; mul.rn.f16x2 p, p, $4; mov.b32 {$0, $1}, p; }", "=h,=h,h,h,r",
-            [even, odd, pair[None, :]], dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
+            _PRODUCTS, "=h,=h,h,h,r", [even, odd, one_one[:, None]], dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
         )  # fmt: skip
 
 
@@ -231,6 +251,24 @@ def value_tiles(chunks, group, slices):
                 tiles += ((first + i * rows + part * (rows // parts), i, load + part),)
         load += parts
     return tiles
+
+
+@triton.constexpr_function
+def together(rows, sides):
+    """Whether the value codes of all sides, `rows` rows of words each, are one operand of 16 rows."""
+    return sides > 1 and rows * sides <= 16
+
+
+@triton.constexpr_function
+def tile_rows(rows, sides):
+    """Of a tile of outputs."""
+    return rows * sides if together(rows, sides) else rows
+
+
+@triton.constexpr_function
+def differ(tiles, i, j, part):
+    """Whether this is the first tile, or its `entry` j, in units of `part`, is not that of the tile before."""
+    return i == 0 or tiles[i][j] // part != tiles[i - 1][j] // part
 
 
 @triton.constexpr_function

@@ -65,6 +65,9 @@ class AttendTuning:
     program waits for it, and only other programs hide that."""
     registers: int | None = None
     """Limit per thread; None for the compiler's 255."""
+    sides: int = 1
+    """1 or 2, where half of a product's columns is free: parts of a block's tokens that share a step of the loop, side by
+    side. Each has its own columns, with the same query rows: fewer exponentials and sums of columns without a query."""
     prepare_columns: int = 32
     """Channels per program that rotates q."""
     merge: tuple[tuple[int | None, int, int, int], ...] = (
@@ -74,20 +77,25 @@ class AttendTuning:
     loads at once. Few rows have many parts each; programs of many rows share the load of the rotation."""
 
 
-def attend_tuning(head_dim: int, itemsize: int, block_bytes: float = 0, query_rows: int = 2**31) -> AttendTuning:
+def attend_tuning(
+    head_dim: int, itemsize: int, block_bytes: float = 0, query_rows: int = 2**31, free_columns: bool = False
+) -> AttendTuning:
     """By bytes of a head, as it enters the dense region's products, and of a tier block, keys and values; by query rows
-    of all heads and batch rows."""
+    of all heads and batch rows; by whether those of one KV head leave half of a product's columns free (`free_columns`)."""
     # Output, q and words grow with the head: fewer rows and tokens at once, or they would not fit in registers.
     wide = {} if head_dim * itemsize <= 256 else dict(rows=8, unit=16, merge=((FEW_ROWS, 1, 32, 64), (None, 16, 32, 4)))
     # A third stage hides the wait for memory, a fifth of the loop without it, where eight programs still fit. Programs
     # with a few blocks each gain nothing by a longer start, unless blocks are small (64 channels at 2 bits).
     most = 10 if query_rows > FEW_ROWS and head_dim * itemsize <= 256 else 5  # KiB
+    # Value words of 64 channels at 2 bits have 8 rows, half of an operand, which a second side's fill. Larger blocks gain
+    # nothing by two sides (within 2% at 128 channels, 6% slower at 4 bits).
+    sides = 2 if free_columns and 0 < block_bytes <= 5 * 1024 else 1
     third = 0 < block_bytes <= most * 1024
     stages = 3 if third else 2
     # Besides blocks, about what operands need on their way from one layout to another.
     shared = (stages - 1) * block_bytes + (24 if third else 32) * head_dim * itemsize
     programs = max(1, min(8, int(224 * 1024 // (shared + 1024))))
-    return AttendTuning(programs=programs, stages=stages, **wide)
+    return AttendTuning(programs=programs, stages=stages, sides=sides, **wide)
 
 
 def merge_tuning(rows: int, tuning: AttendTuning) -> tuple[int, int, int]:
@@ -96,11 +104,11 @@ def merge_tuning(rows: int, tuning: AttendTuning) -> tuple[int, int, int]:
 
 
 def template_tunings(
-    head_dim: int, itemsize: int, block_bytes: float, query_rows: int, measure: bool
+    head_dim: int, itemsize: int, block_bytes: float, query_rows: int, free_columns: bool, measure: bool
 ) -> list[AttendTuning]:
     """What Inductor chooses from in a compiled graph: the table's choice, and where it is to measure
     (`mode="max-autotune"`) also what came near it on some shape. Not more: each takes seconds to compile."""
-    table = attend_tuning(head_dim, itemsize, block_bytes, query_rows)
+    table = attend_tuning(head_dim, itemsize, block_bytes, query_rows, free_columns)
     if not measure:
         return [table]
     others = [
@@ -111,6 +119,7 @@ def template_tunings(
 
 
 ATTEND_VARIANTS: dict[str, dict[str, object]] = {
+    "sides1": dict(sides=1),
     "stages2": dict(stages=2),
     "stages3": dict(stages=3),
     "programs4": dict(programs=4),

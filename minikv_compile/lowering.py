@@ -105,7 +105,8 @@ def _decode(
             v_group, rotate, device, tuning, balancer is not None,
         )
         for tuning in template_tunings(
-            triton.next_power_of_2(dim), q.get_dtype().itemsize, block, batch * heads * n, compat.measures()
+            triton.next_power_of_2(dim), q.get_dtype().itemsize, block, batch * heads * n,
+            attend.free_columns(heads // int(k.get_size()[1]) * n, k_axis), compat.measures(),
         )
     ]  # fmt: skip
     to, length = variants[0], length + n
