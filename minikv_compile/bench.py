@@ -21,7 +21,7 @@ import torch
 from rich.table import Table
 
 from .config import ConfigError
-from .decoders import WARM_UP, Decoder, Dense, Dynamic, Eager, Fixed, Pressed, Quanto, Static, captured
+from .decoders import Decoder, Dense, Dynamic, Eager, Fixed, Pressed, Quanto, Static, captured
 from .measure import parse_method
 from .peers import parse_peer
 from .plan import parse_tokens
@@ -247,14 +247,16 @@ def run(method: str, model: Any, case: Case, settings: Settings) -> Iterator[Fig
     lengths = sorted(case.prompts)
     begun = time.perf_counter()
     decoder = decoder_of(method, model, batch, lengths[-1], settings)
-    warm_up = min(lengths[0], WARM_UP)
-    decoder.begin(warm_up)
-    decoder.prefill(0, prompts_of(model, batch if decoder.whole else 1, warm_up))
-    timer.wait()
-    preparation, step = time.perf_counter() - begun, None
+    step = None
     for length in lengths:
+        ids = prompts_of(model, batch, length)
+        # Once before: the first prompt of a length compiles kernels for it.
+        decoder.begin(length)
+        decoder.prefill(0, ids if decoder.whole else ids[:1])
+        timer.wait()
+        preparation = time.perf_counter() - begun
         timer.peak()
-        first = read(decoder, prompts_of(model, batch, length), settings, timer, length == lengths[-1])
+        first = read(decoder, ids, settings, timer, length == lengths[-1])
         prefill_peak = timer.peak()
         begun = time.perf_counter()
         if step is None or decoder.recaptured or not decoder.captures:
@@ -275,7 +277,7 @@ def run(method: str, model: Any, case: Case, settings: Settings) -> Iterator[Fig
             cache_bytes=decoder.bytes(), capacity=lengths[-1], rows_read=min(batch, settings.rows or batch),
             roofline=1e3 * floor / per_token, preparation=preparation,
         )  # fmt: skip
-        preparation = 0.0
+        begun = time.perf_counter()
 
 
 def parse_cases(text: str) -> list[Case]:

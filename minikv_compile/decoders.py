@@ -18,9 +18,6 @@ from .peers import Peer, pressed
 from .plan import held_bytes
 from .report import cache_report
 
-WARM_UP = 4096
-"""Tokens of the prompt that a method is warmed up with, at most: what compiles does so for any length."""
-
 
 def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """`step` as a replay of a CUDA graph; `step` itself where there is no GPU. It runs three times."""

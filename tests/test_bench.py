@@ -79,7 +79,7 @@ def test_lengths_that_share_a_cache(tmp_path):
     assert [(r["method"], r["prompt"], r["capacity"]) for r in rows] == [
         (method, prompt, 300) for method in ("dense", "default") for prompt in (200, 300)
     ]
-    assert rows[2]["cache_bytes"] == rows[3]["cache_bytes"] and rows[3]["preparation"] == 0 and plot.exists()
+    assert rows[2]["cache_bytes"] == rows[3]["cache_bytes"] and rows[3]["preparation"] < rows[2]["preparation"] and plot.exists()
     assert "default breaks even" in result.output or "default is at least as fast" in result.output
 
 
