@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -324,6 +325,8 @@ def capacity(
     """Measure the largest batch and the longest prompt that fit, beside what `minikv plan` says. Needs a GPU."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("there is no GPU whose memory could be measured", param_hint="capacity")
+    # Memory that is free in pieces is of use, too: what fits is then a question of bytes.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     chosen, limit, tokens = split_methods(methods), _parsed(parse_bytes, memory, option="--memory"), parse_tokens(prompt)
     place = torch.device("cuda")
     total = torch.cuda.get_device_properties(place).total_memory
