@@ -15,7 +15,8 @@ import torch
 import torch._dynamo
 from torch import Tensor
 from torch._dynamo import lookup_backend, maybe_mark_dynamic
-from torch._dynamo.source import AttrSource, ConstantSource, TensorProperty, TensorPropertySource
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import AttrSource, ConstantSource, LocalSource, TensorProperty, TensorPropertySource
 from torch._dynamo.symbolic_convert import tls
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
@@ -155,6 +156,13 @@ def traced_module() -> torch.nn.Module | None:
     frame = getattr(tls, "current_tx", None)
     module = frame.output.local_scope.get("self") if frame is not None else None
     return module if isinstance(module, torch.nn.Module) else None
+
+
+def only_for(node: Node | None = None) -> None:
+    """Let the graph that is compiled now be used only where the object behind a placeholder, or that of `traced_module`, is
+    the one that it is now: Dynamo takes the graph of one module for another one whose shapes are alike."""
+    source = LocalSource("self", is_input=True) if node is None else node._dynamo_source
+    install_guard(source.make_guard(GuardBuilder.ID_MATCH))
 
 
 def ends_in_break(module: GraphModule) -> bool:

@@ -48,28 +48,39 @@ def number(rewriter: Rewriter, calls: list[Node]) -> Layers:
 
 
 def _owner(rewriter: Rewriter, call: Node, root: nn.Module | None) -> nn.Module | None:
-    """The module of `root` that makes the call: of the class that Dynamo saw there, with the nearest weight."""
+    """The module of `root` that makes the call: whose method it is in, or of the class that Dynamo saw there, with the
+    nearest weight. The graph is then that module's alone."""
     stack = list((call.meta.get("nn_module_stack") or {}).values())
-    if not stack and (traced := compat.traced_module()) is not root:
+    if root is None:
+        return None
+    if not stack:
+        traced = compat.traced_module()
+        if traced is None or traced is root:
+            return None
+        compat.only_for()
         return traced
     weight = _nearest_weight(rewriter, call)
-    if root is None or not stack or weight is None:
+    if weight is None:
         return None
     found = [
         module for module in root.modules()
-        if type(module) is stack[-1][1] and module is not root and any(p is weight for p in module.parameters())
+        if type(module) is stack[-1][1] and module is not root
+        and any(p is rewriter.value_of(weight) for p in module.parameters())
     ]  # fmt: skip
-    return found[0] if len(found) == 1 else None
+    if len(found) != 1:
+        return None
+    compat.only_for(weight)
+    return found[0]
 
 
-def _nearest_weight(rewriter: Rewriter, call: Node) -> nn.Parameter | None:
+def _nearest_weight(rewriter: Rewriter, call: Node) -> Node | None:
     """The parameter that fewest nodes are between: of what the attention is computed from, else of what becomes of it."""
     for neighbours in (lambda node: node.all_input_nodes, lambda node: [*node.users, *node.all_input_nodes]):
         pending, seen = deque([call]), {call}
         while pending:
             node = pending.popleft()
-            if node.op == "placeholder" and isinstance(value := rewriter.value_of(node), nn.Parameter):
-                return value
+            if node.op == "placeholder" and isinstance(rewriter.value_of(node), nn.Parameter):
+                return node
             pending.extend(new := [n for n in neighbours(node) if n not in seen])
             seen.update(new)
     return None

@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from packaging.version import Version
+from torch import nn
 from transformers import StaticCache
 
 from minikv_compile import KVTensor, explain
 
-from .helpers import PlainDecoder, captured, causal, compiled, greedy, make_backend, prompt, run_plain, tiny
+from .helpers import VOCAB, PlainDecoder, captured, causal, compiled, greedy, make_backend, prompt, run_plain, tiny
 
 
 def broken(layers, how, at=1, **changes):
@@ -60,6 +61,9 @@ def test_skipped_layers(how, skip, skipped):
     assert (found["prefill"], found["decode"], found["listed in skip_layers"]) == (taken, taken, {skipped})
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.12"), reason="the mask is another graph's there: policies that drop leave it alone"
+)
 def test_budgets_are_those_of_the_whole_model():
     ids, kept = prompt(1344), []
     for how in (None, "inside"):
@@ -171,3 +175,47 @@ def test_masks_of_another_graph_where_tokens_are_dropped():
         expected, _ = model(ids[:, 300:], past, mask=hidden)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
     assert not any(site.kind for graph in backend.graphs for site in graph)
+
+
+class Attention(nn.Module):
+    """Between two breaks, and without a number of its own: all layers' graphs are alike."""
+
+    def __init__(self, width=64, heads=4):
+        super().__init__()
+        self.heads, self.qkv, self.out = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x, past):
+        torch._dynamo.graph_break()
+        q, k, v = self.qkv(x).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2).split(self.heads, 1)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        out = causal(q, k, v, past is not None)
+        torch._dynamo.graph_break()
+        return self.out(out.transpose(1, 2).flatten(2)), (k, v)
+
+
+class AlikeDecoder(nn.Module):
+    def __init__(self, layers=4):
+        super().__init__()
+        self.tokens, self.layers = nn.Embedding(VOCAB, 64), nn.ModuleList(Attention() for _ in range(layers))
+
+    def forward(self, ids, past=None):
+        x, kept = self.tokens(ids), []
+        for i, layer in enumerate(self.layers):
+            out, pair = layer(x, None if past is None else past[i])
+            x, kept = x + out, [*kept, pair]
+        return x, tuple(kept)
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(skip_layers=(2,))])
+def test_graphs_that_are_alike_are_of_one_layer_each(changes):
+    """Dynamo would take the first layer's graph for all of them, and so its budget."""
+    torch.manual_seed(0)
+    backend = make_backend("minikv", **changes)
+    with torch.no_grad():
+        _, past = torch.compile(AlikeDecoder().eval(), backend=backend)(prompt(1344))
+    kept = [k.kept_mask().sum().item() if isinstance(k, KVTensor) else None for k, _ in past]
+    assert [i for i, count in enumerate(kept) if count is None] == list(changes.get("skip_layers", ()))
+    counts = [count for count in kept if count is not None]
+    assert counts == sorted(set(counts), reverse=True)
+    assert [site.layer for graph in backend.graphs for site in graph] == [0, 1, 2, 3]

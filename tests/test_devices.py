@@ -80,8 +80,10 @@ def test_device_map_over_two_gpus(preset, fixed, inner):
         return greedy(model, ids.to("cuda:0"), 150, past_key_values=cache, disable_compile=True), backend
 
     whole = greedy(copy.deepcopy(one), ids.to("cuda:0"), 150)
-    expected, _ = generated(one)
     parts = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(4)), "model.norm", "model.rotary_emb", "lm_head"]
+    if inner == "inductor":  # what it fuses, and so how it rounds, depends on where hooks part the model
+        one = parted(one, dict.fromkeys(parts, 0), main_device=0)
+    expected, _ = generated(one)
     places = {name: int(i > 2) for i, name in enumerate(parts)}
     got, backend = generated(accelerate.dispatch_model(model, places, main_device=0))
     if reasons := {site.reason for graph in backend.graphs for site in graph} - {""}:
