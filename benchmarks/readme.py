@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- by benchmarks/readme.py: -->\n", "<!-- end -->\n"
-FILES = "end_to_end.json", "short.json", "peers.json"
+FILES = "end_to_end.json", "prompts.json", "short.json", "peers.json"
 DENSE = "dense"
 
 
@@ -44,10 +45,10 @@ def table(file: str, found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def capacity_table(found: dict[str, Any]) -> str:
-    """What fitted, of the file of `minikv capacity`."""
+def capacity_table(file: str, found: dict[str, Any]) -> str:
+    """What fitted, of a file of `minikv capacity`."""
     lines = [
-        f"What fitted (`benchmarks/results/capacity.json`;\n`{found['command']}`):", "",
+        f"What fitted (`benchmarks/results/{file}`;\n`{found['command']}`):", "",
         "| | method | planned | fitted | did not fit | most memory, of the plan |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in found["results"]:
@@ -58,6 +59,22 @@ def capacity_table(found: dict[str, Any]) -> str:
             if row["too_many"] else
             f"| {what} | `{row['method']}` | {row['planned']:,} | {row['fits']:,} | | {share} |"
         )  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def long_table(file: str, found: dict[str, Any]) -> str:
+    """A method's last checkpoint, of a file of `minikv long`."""
+    lines = [
+        f"Long runs, {found['layers'] or 'all'} layers (`benchmarks/results/{file}`;\n`{found['command']}`):", "",
+        "| method | rows | tokens of each | ms per token, first and last | allocated beyond the cache's growth | graphs |",
+        "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for method in dict.fromkeys(row["method"] for row in found["results"]):
+        _, second, *_, last = [row for row in found["results"] if row["method"] == method]
+        lines.append(
+            f"| `{method}` | {last['batch']} | {last['tokens']:,} | {second['per_token']:.2f}, {last['per_token']:.2f} "
+            f"| {last['beyond_cache'] / 2**20:.1f} MiB of {last['allocated'] / 2**20:,.0f} | {last['graphs']} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -83,7 +100,10 @@ def cpu_table(found: dict[str, Any]) -> str:
 
 def section(results: Path = RESULTS) -> str:
     """What stands between the markers."""
-    tables = {file: partial(table, file) for file in FILES} | {"capacity.json": capacity_table, "cpu.json": cpu_table}
+    tables: dict[str, Callable] = {file: partial(table, file) for file in FILES}
+    tables |= {file: partial(capacity_table, file) for file in ("capacity.json", "capacity_prompt.json")}
+    tables |= {file: partial(long_table, file) for file in ("long.json", "long_dynamic.json")}
+    tables["cpu.json"] = cpu_table
     parts = [
         write(json.loads((results / file).read_text())) for file, write in tables.items() if (results / file).exists()
     ]
