@@ -15,6 +15,7 @@ from torch import nn
 from torch.fx import Node
 
 from .. import compat
+from .sites import where
 
 if TYPE_CHECKING:
     from .rewrite import Rewriter
@@ -25,6 +26,8 @@ class Layers:
     """The layers of a graph's sites, of all `total` of them."""
 
     indices: list[int]
+    names: list[str]
+    """Of the modules that make the calls; in the whole model, where that is known."""
     total: int
     is_part: bool = False
     """Whether the model has others, in other graphs."""
@@ -34,17 +37,18 @@ class Layers:
 
 def number(rewriter: Rewriter, calls: list[Node]) -> Layers:
     """The layers of the attention sites `calls`."""
-    counted = list(range(len(calls)))
+    counted = list(range(len(calls))), [where(call) for call in calls], len(calls)
     root, is_whole = compat.compiled_call()
     if is_whole and not compat.ends_in_break(rewriter.module):
-        return Layers(counted, len(calls))
+        return Layers(*counted)
     owners = [_owner(rewriter, call, root) for call in calls]
     kinds = tuple({type(owner) for owner in owners if owner is not None})
     modules = [] if root is None else [module for module in root.modules() if isinstance(module, kinds)]
     indices = [i for owner in owners for i, module in enumerate(modules) if module is owner]
     if len(set(indices)) < len(calls):
-        return Layers(counted, len(calls), is_part=True, known=False)
-    return Layers(indices, len(modules), is_part=True)
+        return Layers(*counted, is_part=True, known=False)
+    names = {module: name for name, module in root.named_modules()}
+    return Layers(indices, [names[owner] for owner in owners], len(modules), is_part=True)
 
 
 def _owner(rewriter: Rewriter, call: Node, root: nn.Module | None) -> nn.Module | None:

@@ -140,7 +140,7 @@ class Rewriter:
         layers = number(self, calls)
         skipped = self._skipped(layers)
         changes = []
-        for layer, call in zip(layers.indices, calls, strict=True):
+        for layer, name, call in zip(layers.indices, layers.names, calls, strict=True):
             kind, idiom, reason = "", "", ""
             try:
                 site = read_site(call, layer)
@@ -150,7 +150,7 @@ class Rewriter:
                 changes.append((layer, change))
             except NotTaken as untaken:
                 reason = str(untaken)
-            self.result.sites.append(SiteReport(layer, where(call), kind, idiom, reason, layers.known))
+            self.result.sites.append(SiteReport(layer, name, kind, idiom, reason, layers.known))
         # Only now is it known how many layers share a budget: of a part, all that are not skipped.
         shared = [layer for layer in range(layers.total) if layer not in skipped]
         if not (layers.is_part and layers.known):

@@ -46,7 +46,8 @@ def test_budgets_of_layers_in_graphs_of_their_own():
     model = parted(model, dict.fromkeys(parts, "cpu"), main_device="cpu")
     got = greedy(compiled(model, backends[1]), ids, 40)
     sites = [site for graph in backends[1].graphs for site in graph]
-    assert all(site.layer_known for site in sites) and {site.layer for site in sites} == {0, 1, 2, 3}
+    assert all(site.layer_known and site.where == f"model.layers.{site.layer}.self_attn" for site in sites)
+    assert {site.layer for site in sites} == {0, 1, 2, 3}
     if any(site.reason for site in sites):  # masks of another graph, which policies that drop leave alone
         assert all("mask" in site.reason or "dense" in site.reason for site in sites)
         return
