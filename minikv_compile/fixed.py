@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import compat, ops
 from .config import MiniKVConfig
+from .finite import news, warn_not_finite
 from .kernels import attend, flush
 from .kernels.important import NO_TOKEN
 from .kernels.packing import BLOCK, metadata_dtype
@@ -24,7 +25,6 @@ from .kernels.state import COLUMNS, IN_TIER, OFFSET, PINNED
 from .ops import MIN_BLOCKS, READS_HOST, ROLES, on_its_own, stored_tokens
 from .policy import POLICIES
 from .rotation import rotation_matrix
-from .tensor import news, warn_not_finite
 
 log = logging.getLogger("minikv")
 

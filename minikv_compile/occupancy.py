@@ -5,6 +5,9 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from .kernels.packing import BLOCK
 from .kernels.state import IN_IMPORTANT, IN_TIER, OFFSET, PINNED
 
@@ -56,3 +59,10 @@ class Occupancy:
     def shared(self) -> bool:
         """Whether more than one living tensor looks into the storage."""
         return sum(ref() is not None for ref in self._tensors) > 1
+
+
+def read_states(states: list[Tensor]) -> list[list[list[int]]]:
+    """The rows of states; reads the device once."""
+    if len({state.shape for state in states}) > 1:
+        return [state.tolist() for state in states]
+    return torch.stack([state.to(states[0].device) for state in states]).tolist()

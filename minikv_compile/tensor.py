@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 
 import torch
@@ -10,10 +9,10 @@ from torch import Tensor
 
 from . import compat, ops
 from .config import MiniKVConfig
+from .finite import report_not_finite
 from .kernels.attend import append
 from .kernels.packing import BLOCK
-from .kernels.state import NOT_FINITE, OFFSET, PINNED
-from .occupancy import Occupancy
+from .occupancy import Occupancy, read_states
 from .ops import dense_capacity
 from .packed import DenseOnUse, PackedInt
 from .tiers import grouping, tier_names
@@ -352,73 +351,13 @@ def wrap_prompt(
 ) -> list[KVTensor]:
     """`KVTensor`s of what `ops.compress_prompt` made: (tensors, role, length, layer) each. Reads the device
     once. `seqs`: their dimensions of tokens."""
-    states = _read([tensors["state"] for tensors, *_ in parts])
+    states = read_states([tensors["state"] for tensors, *_ in parts])
     wrapped = [
         BY_SEQ[seq](tensors, config, role, length, Occupancy.read(state)).mark_dynamic()
         for (tensors, role, length, _), state, seq in zip(parts, states, seqs or [SEQ] * len(parts), strict=True)
     ]
     report_not_finite(wrapped, [layer for *_, layer in parts], states, prompt=True)
     return wrapped
-
-
-def _read(states: list[Tensor]) -> list[list[list[int]]]:
-    """Their rows; reads the device once."""
-    if len({state.shape for state in states}) > 1:
-        return [state.tolist() for state in states]
-    return torch.stack([state.to(states[0].device) for state in states]).tolist()
-
-
-def report_not_finite(
-    tensors: list[KVTensor], layers: list[int], states: list[list[list[int]]] | None = None, prompt: bool = False
-) -> None:
-    """Warn of keys and values of these layers that hold NaN or inf; raise if the configuration is strict. Tokens are
-    counted in a prefill (`prompt`), and when they are flushed."""
-    found = []
-    states = states or _read([kv.state for kv in tensors])
-    for kv, layer, rows in zip(tensors, layers, states, strict=True):
-        used = [kv.length - row[OFFSET] for row in rows]
-        count, kv.occupancy.not_finite = news(rows, kv.occupancy.not_finite, kv.dense if prompt else None, used, kv.config)
-        if count:
-            found.append(f"{count} tokens in the {kv.role}s of layer {layer}")
-    warn_not_finite(found, tensors[0].config.strict)
-
-
-def news(
-    state: list[list[int]], known: list[int], dense: Tensor | None, used: list[int], config: MiniKVConfig
-) -> tuple[int, list[int]]:
-    """How many tokens with NaN or inf a state counts beyond those that are `known` of each row, and what is known then.
-
-    Args:
-        dense, used: of a prompt, its dense region, and the tokens of each row in it. What waits there is counted, and will be
-            counted again when it is flushed, which is before any later token is: so it is known already.
-    """
-    counts = [row[NOT_FINITE] for row in state]
-    new = sum(max(count - before, 0) for count, before in zip(counts, known, strict=True))
-    known = [max(pair) for pair in zip(counts, known, strict=True)]
-    if new and dense is not None and config.bits < 16:
-        slot, pinned = torch.arange(dense.shape[SEQ], device=dense.device), [row[PINNED] for row in state]
-        first, end = (torch.tensor(rows, device=dense.device)[:, None] for rows in (pinned, used))
-        waits = (slot >= first) & (slot < end)
-        again = ((~dense.isfinite()).any(-1).any(1) & waits).sum(-1).tolist()
-        known = [a + b for a, b in zip(known, again, strict=True)]
-    return new, known
-
-
-def warn_not_finite(found: list[str], strict: bool) -> None:
-    """Say which tokens hold NaN or inf.
-
-    Raises:
-        ValueError: `strict`.
-    """
-    if not found:
-        return
-    message = (
-        f"NaN or inf in {', '.join(found)}: quantized, each is stored as the nearest code of its group, and other tokens "
-        "are not affected; sinks, important tokens, window and buffer hold it as it is. Check the model's dtype and weights."
-    )
-    if strict:
-        raise ValueError(message)
-    warnings.warn(message, stacklevel=2)
 
 
 def _resized(x: Tensor, size: int) -> Tensor:

@@ -14,7 +14,8 @@ from .. import compat, fixed
 from ..buffers import OPENED, Buffers
 from ..cache import MiniKVLayer
 from ..config import MiniKVConfig
-from ..tensor import KVTensor, make_room, report_not_finite, wrap_prompt
+from ..finite import report_not_finite
+from ..tensor import KVTensor, make_room, wrap_prompt
 from .graph import example, size_getter
 from .rewrite import Longer, Made, Rewritten
 from .static import Born

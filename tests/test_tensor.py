@@ -8,10 +8,11 @@ import torch
 from transformers import DynamicCache
 
 from minikv_compile import KVTensor, MiniKVConfig, PackedInt, tensor
+from minikv_compile.finite import report_not_finite
 from minikv_compile.kernels.packing import BLOCK
 from minikv_compile.kernels.state import IN_IMPORTANT, IN_TIER
 from minikv_compile.ops import fields
-from minikv_compile.tensor import report_not_finite, wrap_prompt
+from minikv_compile.tensor import wrap_prompt
 
 HEADS, DIM = 2, 32
 PRESETS = ["lossless", "default", "minikv", "mikv", "mikv4"]
