@@ -59,21 +59,25 @@ def capacity_table(file: str, found: dict[str, Any]) -> str:
             if row["too_many"] else
             f"| {what} | `{row['method']}` | {row['planned']:,} | {row['fits']:,} | | {share} |"
         )  # fmt: skip
+    if "note" in found:
+        lines += ["", found["note"]]
     return "\n".join(lines) + "\n"
 
 
 def long_table(file: str, found: dict[str, Any]) -> str:
-    """A method's last checkpoint, of a file of `minikv long`."""
+    """A row per method, over its checkpoints, of a file of `minikv long`."""
     lines = [
         f"Long runs, {found['layers'] or 'all'} layers (`benchmarks/results/{file}`;\n`{found['command']}`):", "",
-        "| method | rows | tokens of each | ms per token, first and last | allocated beyond the cache's growth | graphs |",
+        "| method | rows | tokens of each | ms per token | most allocated beyond the cache's growth | graphs compiled since |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for method in dict.fromkeys(row["method"] for row in found["results"]):
-        _, second, *_, last = [row for row in found["results"] if row["method"] == method]
+        rows = [row for row in found["results"] if row["method"] == method]
+        last, times = rows[-1], [row["per_token"] for row in rows if row["tokens"]] or [0.0]
         lines.append(
-            f"| `{method}` | {last['batch']} | {last['tokens']:,} | {second['per_token']:.2f}, {last['per_token']:.2f} "
-            f"| {last['beyond_cache'] / 2**20:.1f} MiB of {last['allocated'] / 2**20:,.0f} | {last['graphs']} |"
+            f"| `{method}` | {last['batch']} | {last['tokens']:,} | {min(times):.2f} to {max(times):.2f} "
+            f"| {max(row['beyond_cache'] for row in rows) / 2**20:.1f} MiB of {last['allocated'] / 2**20:,.0f} "
+            f"| {last['graphs']} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -16,6 +16,7 @@ from . import compat
 from .config import MiniKVConfig
 from .passes.desugar import desugar
 from .passes.graph import example
+from .passes.layers import GRAPHS
 from .passes.rewrite import RewriteError, Rewriter, SiteReport
 from .tensor import KVTensor
 
@@ -57,7 +58,7 @@ class MiniKVBackend:
             RewriteError: gradients are on, a cache of another configuration came in, or, with `strict`, a site that
                 cannot be rewritten.
         """
-        compat.allow_graphs(64)  # a cache, a batch of another size and a mask each make one
+        compat.allow_graphs(GRAPHS)
         inner = compat.inner_compiler(self.inner, mode, options)
         originals = [node for node in module.graph.nodes if node.op == "placeholder"]
         if os.environ.get("MINIKV_DISABLE") == "1" and not any(isinstance(example(n), KVTensor) for n in originals):

@@ -335,6 +335,7 @@ def capacity(
     meta = random_model(lm.config, "meta", torch.bfloat16)
     settings, found = benchmark.Settings(steps=steps), []
     about = {**provenance(place), "shape": model, "layers": layers, "weight_bytes": weight_bytes(lm), "chunk": chunk}
+    about["allocator"] = os.environ["PYTORCH_ALLOC_CONF"]
     with capacities.chunked(lm, chunk), capacities.chunked(meta, chunk), torch.no_grad():
         for question in ("batch", "prompt") if what == "both" else (what,):
             for method in chosen:

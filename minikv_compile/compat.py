@@ -33,6 +33,7 @@ def allow_graphs(count: int) -> None:
     """Let a forward be compiled for so many kinds of inputs: past Dynamo's limit (8) it would run uncompressed."""
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, count)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * count)
 
 
 def assert_on_device(condition: Tensor, message: str) -> None:

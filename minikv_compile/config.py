@@ -295,6 +295,11 @@ class MiniKVConfig:
         return self.policy != KEEP_ALL
 
     @property
+    def by_layer(self) -> bool:
+        """Whether it matters which layer of its model an attention is."""
+        return bool(self.skip_layers) or self.drops and self.layer_budget not in ("uniform", "coverage")
+
+    @property
     def observed_queries(self) -> int | None:
         """How many of the newest queries the policies observe: 0 for all, None if they observe nothing."""
         observes = {POLICIES[name].observes for name in self._scored}

@@ -20,6 +20,9 @@ from .sites import where
 if TYPE_CHECKING:
     from .rewrite import Rewriter
 
+GRAPHS = 64
+"""Of a forward, at most: a cache, a batch of another size and a mask each make one."""
+
 
 @dataclass(frozen=True)
 class Layers:
@@ -41,29 +44,28 @@ def number(rewriter: Rewriter, calls: list[Node]) -> Layers:
     root, is_whole = compat.compiled_call()
     if is_whole and not compat.ends_in_break(rewriter.module):
         return Layers(*counted)
-    owners = [_owner(rewriter, call, root) for call in calls]
+    if root is None or not calls:
+        return Layers(*counted, is_part=True, known=False)
+    weights = [_nearest_weight(rewriter, call) for call in calls]
+    owners = [_owner(rewriter, call, weight, root) for call, weight in zip(calls, weights, strict=True)]
     kinds = tuple({type(owner) for owner in owners if owner is not None})
-    modules = [] if root is None else [module for module in root.modules() if isinstance(module, kinds)]
+    modules = [module for module in root.modules() if isinstance(module, kinds)]
     indices = [i for owner in owners for i, module in enumerate(modules) if module is owner]
     if len(set(indices)) < len(calls):
         return Layers(*counted, is_part=True, known=False)
+    if rewriter.config.by_layer:
+        _keep_apart(owners, weights, len(modules), root)
     names = {module: name for name, module in root.named_modules()}
     return Layers(indices, [names[owner] for owner in owners], len(modules), is_part=True)
 
 
-def _owner(rewriter: Rewriter, call: Node, root: nn.Module | None) -> nn.Module | None:
-    """The module of `root` that makes the call: whose method it is in, or of the class that Dynamo saw there, with the
-    nearest weight. The graph is then that module's alone."""
+def _owner(rewriter: Rewriter, call: Node, weight: Node | None, root: nn.Module) -> nn.Module | None:
+    """The module of `root` that makes the call: the one whose method it is in, or of the class that Dynamo saw there, with
+    the nearest weight."""
     stack = list((call.meta.get("nn_module_stack") or {}).values())
-    if root is None:
-        return None
     if not stack:
         traced = compat.traced_module()
-        if traced is None or traced is root:
-            return None
-        compat.only_for()
-        return traced
-    weight = _nearest_weight(rewriter, call)
+        return traced if traced is not None and _is_one_of_many(traced, root) else None
     if weight is None:
         return None
     found = [
@@ -71,10 +73,26 @@ def _owner(rewriter: Rewriter, call: Node, root: nn.Module | None) -> nn.Module 
         if type(module) is stack[-1][1] and module is not root
         and any(p is rewriter.value_of(weight) for p in module.parameters())
     ]  # fmt: skip
-    if len(found) != 1:
-        return None
-    compat.only_for(weight)
-    return found[0]
+    return found[0] if len(found) == 1 else None
+
+
+def _is_one_of_many(module: nn.Module, root: nn.Module) -> bool:
+    """Whether a module is one layer's: there are others like it, and it does not hold several of anything itself."""
+    lists = nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict
+    several = any(isinstance(part, lists) and len(part) > 1 for part in module.modules())
+    return sum(type(other) is type(module) for other in root.modules()) > 1 and not several
+
+
+def _keep_apart(owners: list[nn.Module], weights: list[Node | None], layers: int, root: nn.Module) -> None:
+    """Let no other layer have this graph, though it looked alike."""
+    compat.allow_graphs(GRAPHS * layers)
+    traced = compat.traced_module()
+    if traced is not None and traced is not root:
+        compat.only_for()
+    if traced is None or sum(type(module) is type(owners[0]) for module in traced.modules()) > 1:
+        for weight in weights:  # a method of several layers' module: what it is called for tells them apart
+            if weight is not None:
+                compat.only_for(weight)
 
 
 def _nearest_weight(rewriter: Rewriter, call: Node) -> Node | None:

@@ -430,8 +430,7 @@ class Rewriter:
 
     def _skipped(self, layers: Layers) -> set[int]:
         total = layers.total
-        matters = self.config.skip_layers or (self.config.drops and self.config.layer_budget != "uniform")
-        if total and not layers.known and matters:
+        if total and not layers.known and self.config.by_layer:
             log.warning(
                 "a graph break parts the model, and which of its layers these %d are is not known: skip_layers and "
                 "layer_budget count them from 0",

@@ -207,6 +207,73 @@ class AlikeDecoder(nn.Module):
         return x, tuple(kept)
 
 
+class InnerDecoder(nn.Module):
+    """All layers in one method, with a break in front of each: no part is of one module."""
+
+    def __init__(self, layers=4, width=64, heads=4):
+        super().__init__()
+        self.heads, self.qkv = heads, nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(layers))
+
+    def attend(self, heads):
+        q, k, v = heads.split([self.heads] * 3, 1)
+        return causal(q, k, v, False), (k, v)
+
+    def forward(self, x):
+        kept = []
+        for qkv in self.qkv:
+            torch._dynamo.graph_break()
+            out, pair = self.attend(qkv(x).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2))
+            x, kept = x + out.transpose(1, 2).flatten(2), [*kept, pair]
+        return x, tuple(kept)
+
+
+class OuterDecoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.model = nn.Embedding(VOCAB, 64), InnerDecoder()
+
+    def forward(self, ids):
+        return self.model(self.tokens(ids))
+
+
+def test_a_method_of_all_layers_is_of_none(caplog):
+    backend = make_backend("minikv")
+    with torch.no_grad():
+        torch.compile(OuterDecoder().eval(), backend=backend)(prompt(300))
+    for graph in backend.graphs:
+        known = {site.layer for site in graph if site.layer_known}
+        assert len(known) in (0, sum(site.layer_known for site in graph))
+    sites = [site for graph in backend.graphs for site in graph]
+    known = [site.layer for site in sites if site.layer_known]
+    assert len(known) == len(set(known))
+    assert all(site.layer_known for site in sites) or "which of its layers" in caplog.text
+
+
+def test_parts_without_attention():
+    """Of a function, which is no module."""
+
+    def double_and_more(x):
+        y = x * 2
+        torch._dynamo.graph_break()
+        return y + 1
+
+    assert torch.compile(double_and_more, backend=make_backend("minikv"))(torch.ones(3)).tolist() == [3.0, 3.0, 3.0]
+
+
+def test_many_layers_that_are_alike():
+    """Each has graphs of its own, past Dynamo's limits, if the configuration tells layers apart; else all share one."""
+    limits = dict(recompile_limit=8, accumulated_recompile_limit=16)
+    for preset, graphs in (("minikv", 40), ("default", 2)):
+        torch._dynamo.reset()
+        backend = make_backend(preset)
+        with torch.no_grad(), torch._dynamo.config.patch(limits):
+            model = torch.compile(AlikeDecoder(20).eval(), backend=backend)
+            _, past = model(prompt(300))
+            _, past = model(prompt(1), past)
+        assert all(isinstance(k, KVTensor) for k, _ in past)
+        assert sum(len(graph) > 0 for graph in backend.graphs) == graphs
+
+
 @pytest.mark.parametrize("changes", [dict(), dict(skip_layers=(2,))])
 def test_graphs_that_are_alike_are_of_one_layer_each(changes):
     """Dynamo would take the first layer's graph for all of them, and so its budget."""

@@ -190,6 +190,10 @@ def test_folded_products(**choices):
     torch.testing.assert_close(folded, expected, rtol=2e-5, atol=2e-5)
 
 
+def test_no_second_side_without_columns_for_it(device):
+    check(Case(ratio=4), device, tuning=replace(SMALL, rows=4))
+
+
 def test_ragged_rows(device):
     check(Case(in_tier=(3, 0, 1), in_dense=(100, 0, 64)), device)
 
