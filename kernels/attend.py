@@ -188,7 +188,7 @@ def launches(
     row_tile = min(tuning.rows, max(tuning.min_rows, triton.next_power_of_2(ratio * n)))
     tiles = triton.cdiv(ratio * n, row_tile)
     items, rows = batch * kv_heads * tiles, batch * heads * n
-    sides = tuning.sides if free_columns(ratio * n, k_axis) and tuning.sides * ratio * n <= row_tile else 1
+    sides = tuning.sides if k_axis == "token" and tuning.sides * ratio * n <= row_tile else 1
     multiprocessors, pdl = _device_properties(device)
     programs = multiprocessors * tuning.programs
     merged, columns, step = merge_tuning(rows, tuning)
