@@ -51,7 +51,8 @@ def number(rewriter: Rewriter, calls: list[Node]) -> Layers:
     kinds = tuple({type(owner) for owner in owners if owner is not None})
     modules = [module for module in root.modules() if isinstance(module, kinds)]
     indices = [i for owner in owners for i, module in enumerate(modules) if module is owner]
-    if len(set(indices)) < len(calls):
+    held = [module for _, module in root.named_modules(remove_duplicate=False) if module in owners]
+    if len(set(indices)) < len(calls) or len(held) > len(calls):  # one module is several layers
         return Layers(*counted, is_part=True, known=False)
     if rewriter.config.by_layer:
         _keep_apart(owners, weights, len(modules), root)

@@ -249,6 +249,16 @@ def test_a_method_of_all_layers_is_of_none(caplog):
     assert all(site.layer_known for site in sites) or "which of its layers" in caplog.text
 
 
+def test_a_module_in_several_layers_places_is_of_none(caplog):
+    model, backend = AlikeDecoder(), make_backend("minikv")
+    model.layers = nn.ModuleList([model.layers[0]] * 3)
+    with torch.no_grad():
+        _, past = torch.compile(model.eval(), backend=backend)(prompt(300))
+    assert len(past) == 3 and all(isinstance(k, KVTensor) for k, _ in past)
+    assert not any(site.layer_known for graph in backend.graphs for site in graph)
+    assert "which of its layers" in caplog.text
+
+
 def test_parts_without_attention():
     """Of a function, which is no module."""
 
