@@ -18,6 +18,7 @@ from minikv_compile.kernels.jit import CODE_EXPONENT, code_position, codes_at
 from minikv_compile.kernels.packing import BLOCK, dequantize, unpack, value_group
 from minikv_compile.kernels.prefill import causal_attention_lse
 from minikv_compile.kernels.scores import column_scores_reference, column_scores_triton
+from minikv_compile.kernels.tuning import MANY_KEYS, scores_tuning
 from minikv_compile.rotation import hadamard
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 4e-5}
@@ -146,8 +147,11 @@ def check_scores(dim: int, dtype: torch.dtype, last: int | None, device: torch.d
     lengths = torch.tensor([seq, 401], device=device)
     expected = column_scores_reference(q.double(), k.double(), scale, lengths, last)
     poison(device)
-    error = relative_error(column_scores_triton(q, k, lse.float(), scale, lengths, last), expected)
-    rows.append(dict(what=f"scores last={last} {what}", error=error, limit=2e-3, ok=error <= 2e-3))
+    for keys in (0, MANY_KEYS):
+        tuning = scores_tuning(triton.next_power_of_2(dim), q.element_size(), keys)
+        error = relative_error(column_scores_triton(q, k, lse.float(), scale, lengths, last, tuning=tuning), expected)
+        what_tiles = f"scores last={last} {what}, {tuning.columns} keys"
+        rows.append(dict(what=what_tiles, error=error, limit=2e-3, ok=error <= 2e-3))
     return rows
 
 

@@ -20,6 +20,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 import _path  # noqa: F401
 import torch
+import triton
 
 from minikv_compile.kernels.attend import Important, attend_triton
 from minikv_compile.kernels.compress import compress_triton, dense_region_triton, empty_packed
@@ -28,18 +29,21 @@ from minikv_compile.kernels.important import distance_from_mean_triton, stored_o
 from minikv_compile.kernels.packing import BLOCK, value_group
 from minikv_compile.kernels.scores import column_scores_triton
 from minikv_compile.kernels.select import bitmask_triton, highest_triton
+from minikv_compile.kernels.tuning import MANY_KEYS, scores_tuning
 from minikv_compile.rotation import hadamard
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 ATTEND = [
     dict(),
+    dict(dim=64),
     dict(dim=64, dtype=torch.float16, bits=4, group=32),
     dict(dim=80, group=16, heads=14, rotate=False),
     dict(dim=128, group=16, axis="channel", bits=8, new=3),
     dict(dim=128, tier=False),
     dict(dim=128, group=64, axis="channel", rotate=False, important_bits=4),
 ]
-"""Head dimensions with and without padding, each width of codes, groups along tokens and channels, no tier, an important one."""
+"""Head dimensions with and without padding, one and two sides, each width of codes, groups along tokens and channels, no tier,
+an important one."""
 
 
 def counters(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,11 +98,12 @@ def compress(dim: int, dtype: torch.dtype, layout: str, group: int, rotate: bool
     dense_region_triton(x, index, 4, tokens, seq - tokens, 200, counted)
 
 
-def scores(dim: int, dtype: torch.dtype, last: int | None) -> None:
-    """Two rows of different length."""
+def scores(dim: int, dtype: torch.dtype, last: int | None, keys: int = 0) -> None:
+    """Two rows of different length, in the tiles for `keys` keys."""
     q, k = (torch.randn(2, h, 200, dim, device="cuda").to(dtype) for h in (4, 2))
     lse = torch.randn(2, 4, 200, device="cuda")
-    column_scores_triton(q, k, lse, dim**-0.5, torch.tensor([200, 77], device="cuda"), last)
+    tuning = scores_tuning(triton.next_power_of_2(dim), q.element_size(), keys)
+    column_scores_triton(q, k, lse, dim**-0.5, torch.tensor([200, 77], device="cuda"), last, tuning=tuning)
 
 
 def important(dim: int, n: int) -> None:
@@ -128,6 +133,7 @@ def launch() -> None:
     compress(128, torch.bfloat16, "value", 64, True)
     compress(80, torch.float16, "value", 16, False)
     scores(128, torch.bfloat16, None)
+    scores(128, torch.bfloat16, None, MANY_KEYS)
     scores(80, torch.float16, 64)
     highest_triton(torch.rand(4, 1000, device="cuda"), 100)
     highest_triton(torch.rand(2, 40000, device="cuda"), 100)

@@ -15,9 +15,17 @@ class ScoresTuning:
     stages: int
 
 
-def scores_tuning(head_dim: int, itemsize: int) -> ScoresTuning:
-    """Tiles of the column-sum pass by bytes of a head."""
+MANY_KEYS = 2 * 132 * 256
+"""Keys, of all heads and batch rows, from which programs of 256 keys occupy an H200 twice."""
+
+
+def scores_tuning(head_dim: int, itemsize: int, keys: int = 0) -> ScoresTuning:
+    """Tiles of the column-sum pass by bytes of a head, and by keys of all heads and batch rows."""
     if head_dim * itemsize <= 256:
+        if keys >= MANY_KEYS:
+            # The widest product: queries are read, and multiplied from shared memory, half as often, which is less heat,
+            # too: an H200 keeps its highest clock. Two programs of 255 registers fit on a multiprocessor.
+            return ScoresTuning(columns=256, queries=64, warps=4, stages=3)
         # About 150 registers and 64 KiB of shared memory: room for three programs on a multiprocessor, so that some are
         # at exp2 while another is at the product.
         return ScoresTuning(columns=128, queries=64, warps=4, stages=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import bench as benchmark
 from . import capacity as capacities
+from . import compat
 from .bench import DENSE, DYNAMIC, QUANTO, STATIC, TRANSFORMERS, check_method, check_model, parse_cases
 from .config import PRESETS, ConfigError
 from .evaluate import PLACES, TEXT, Group, make_group, record_groups, run_methods
@@ -326,7 +326,7 @@ def capacity(
     if not torch.cuda.is_available():
         raise typer.BadParameter("there is no GPU whose memory could be measured", param_hint="capacity")
     # Memory that is free in pieces is of use, too: what fits is then a question of bytes.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    allocator = compat.expandable_segments()
     chosen, limit, tokens = split_methods(methods), _parsed(parse_bytes, memory, option="--memory"), parse_tokens(prompt)
     place = torch.device("cuda")
     total = torch.cuda.get_device_properties(place).total_memory
@@ -335,7 +335,7 @@ def capacity(
     meta = random_model(lm.config, "meta", torch.bfloat16)
     settings, found = benchmark.Settings(steps=steps), []
     about = {**provenance(place), "shape": model, "layers": layers, "weight_bytes": weight_bytes(lm), "chunk": chunk}
-    about["allocator"] = os.environ["PYTORCH_ALLOC_CONF"]
+    about["allocator"] = allocator
     with capacities.chunked(lm, chunk), capacities.chunked(meta, chunk), torch.no_grad():
         for question in ("batch", "prompt") if what == "both" else (what,):
             for method in chosen:

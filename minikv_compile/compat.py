@@ -255,6 +255,14 @@ def most_memory(call: Callable, args: Sequence[Any], held: Iterable[Any]) -> int
     return storages.most
 
 
+def expandable_segments() -> str:
+    """Let CUDA's memory that is free in pieces serve larger tensors from now on; the setting, as text. In the environment it
+    would count only if it was there when torch was imported."""
+    settings = "expandable_segments:True"
+    torch.cuda.memory._set_allocator_settings(settings)
+    return settings
+
+
 def count(**amounts: int) -> None:
     """Add to `torch._dynamo.utils.counters["minikv"]`."""
     counters["minikv"].update(amounts)

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minikv_compile.kernels.scores import column_scores, column_scores_reference, column_scores_triton
+from minikv_compile.kernels.tuning import MANY_KEYS, scores_tuning
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -29,14 +31,16 @@ def inputs(device, batch, kv_heads, ratio, seq, dim, dtype, seed=0, seq_first=Fa
     return random(kv_heads * ratio), random(kv_heads)
 
 
-def check(q, k, scale, lengths=None, last=None, stride=1):
+def check(q, k, scale, lengths=None, last=None, stride=1, keys=0):
+    """`keys`: how many the tiles are chosen for."""
+    tuning = scores_tuning(triton.next_power_of_2(q.shape[-1]), q.element_size(), keys)
     lse = natural_lse(q, k, scale)
     expected = column_scores_reference(q.double(), k.double(), scale, lengths, last, stride)
     if lengths is not None:
         for row, length in enumerate(lengths.tolist()):
             for x in (q, k, lse):
                 x[row, :, length:] = torch.nan
-    actual = column_scores_triton(q, k, lse, scale, lengths, last, stride)
+    actual = column_scores_triton(q, k, lse, scale, lengths, last, stride, tuning)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -51,16 +55,18 @@ def check(q, k, scale, lengths=None, last=None, stride=1):
     stride=st.integers(1, 3),
     fill=st.floats(0, 1),
     seq_first=st.booleans(),
+    keys=st.sampled_from([0, MANY_KEYS]),
 )
-def test_matches_reference(device, kv_heads, ratio, seq, dim, dtype, last, stride, fill, seq_first):
+def test_matches_reference(device, kv_heads, ratio, seq, dim, dtype, last, stride, fill, seq_first, keys):
     q, k = inputs(device, 2, kv_heads, ratio, seq, dim, dtype, seq, seq_first)
     lengths = torch.tensor([seq, max(1, round(fill * seq))], device=device)
-    check(q, k, dim**-0.5, lengths, last, min(stride, seq))
+    check(q, k, dim**-0.5, lengths, last, min(stride, seq), keys)
 
 
-@pytest.mark.parametrize("seq", [64, 127, 128, 129, 193])
-def test_tile_borders(device, seq):
-    check(*inputs(device, 1, 1, 2, seq, 64, torch.float16), scale=0.2)
+@pytest.mark.parametrize("keys", [0, MANY_KEYS])
+@pytest.mark.parametrize("seq", [64, 127, 128, 129, 193, 255, 257])
+def test_tile_borders(device, seq, keys):
+    check(*inputs(device, 1, 1, 2, seq, 64, torch.float16), scale=0.2, keys=keys)
 
 
 def test_ratio_of_seven(device):
