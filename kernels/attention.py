@@ -285,13 +285,16 @@ def _value_words(
     CODES, SIDE: tl.constexpr, SIDES: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Rows FIRST ... FIRST + ROWS - 1 of the words of a side's tokens, or below one another those of all sides."""
+    # Rows are multiplied where they are tiles: else each load computes addresses of its own (20 instructions in the loop).
     token = tl.arange(0, BLOCK // SIDES)
     if together(ROWS, SIDES):
         row = tl.arange(0, ROWS * SIDES)
-        place = (FIRST + row % ROWS) * BLOCK + row // ROWS * (BLOCK // SIDES)
+        place = FIRST + row % ROWS
+        CODES += row[:, None] // ROWS * (BLOCK // SIDES)
     else:
-        place = (FIRST + tl.arange(0, ROWS)) * BLOCK + SIDE * (BLOCK // SIDES)
-    return tl.load(CODES + place[:, None] + token[None, :])
+        place = FIRST + tl.arange(0, ROWS)
+        CODES += SIDE * (BLOCK // SIDES)
+    return tl.load(CODES + place[:, None] * BLOCK + token[None, :])
 
 
 @triton.jit
@@ -548,10 +551,12 @@ def _split_kernel(
             tl.store(part + D + 1, total, mask=real)
         if HAS_TIER:
             if stop > dense_units:
-                tier_row = row - row % ROWS + row % (ROWS // SIDES)  # the same query rows for each side
+                tier_row = item % TILES * ROWS + tl.arange(0, ROWS) % (ROWS // SIDES)  # the same query rows for each side
                 tier_real = tier_row < RATIO * NEW
                 tier_q = pair * (RATIO * NEW) + tier_row
-                tier_part = PARTS + ((slots + slot) * ROWS + tl.arange(0, ROWS // SIDES)) * (D + 4)
+                # `slots` comes last: an index with it in would be kept beside `part`, in registers that the loop needs.
+                tier_part = PARTS + (slot * ROWS + tl.arange(0, ROWS // SIDES)) * (D + 4)
+                tier_part += slots.to(tl.int64) * (ROWS * (D + 4))
                 _attend_tier(
                     Q_TIER + tier_q.to(tl.int64) * DP, tier_real, tl.load(FACTOR + tier_q, mask=tier_real, other=0.0),
                     K_CODES, K_SCALE, K_ZERO, V_CODES, V_SCALE, V_ZERO, tier_part, pair.to(tl.int64) * capacity,
