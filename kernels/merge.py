@@ -6,9 +6,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from .attention import _finite_max, _row_offset, _share, _units
+from .attention import _row_offset, _share, _units
 from .jit import round_to
 from .state import SECOND
+from .tier import finite_max
 
 
 @triton.jit
@@ -23,7 +24,7 @@ def _add_parts(out, m, total, PARTS, first, count, channel, D: tl.constexpr, SLO
     mask = real[:, :, None] & (channel < D)[None, None, :]
     part = tl.load(part_ptr[:, :, None] + channel[None, None, :], mask=mask, other=0.0)
     m_new = tl.maximum(m, tl.max(part_m, 1))
-    top = _finite_max(m_new)
+    top = finite_max(m_new)
     decay = tl.exp2(m - top)
     weight = tl.exp2(part_m - top[:, None])
     out = out * decay[:, None] + tl.sum(part * weight[:, :, None], 1)
@@ -122,7 +123,7 @@ def _merged(
                 tier_out, tier_m, tier_total = _add_parts(
                     tier_out, tier_m, tier_total, place, i, count, inner, D, SLOT, STEP
                 )
-        top = _finite_max(tl.maximum(m, tier_m))
+        top = finite_max(tl.maximum(m, tier_m))
         weight = tl.exp2(m - top)
         tier_weight = tl.exp2(tier_m - top)
         total = total * weight + tier_total * tier_weight

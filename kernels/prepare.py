@@ -6,9 +6,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from .attention import LEAST, _row_offset
+from .attention import _row_offset
 from .jit import LOG2E, exp2i, exponent, round_to, to_fp32
 from .state import STATE_COLUMNS
+from .tier import LEAST
 
 
 @triton.jit(do_not_specialize=["batch", "rotated", "length"])

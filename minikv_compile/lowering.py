@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import compat
 from .config import MiniKVConfig
-from .kernels import attend, attention, jit, merge, packing, prepare, state
+from .kernels import attend, attention, jit, merge, packing, prepare, state, tier
 from .kernels.attend import BLOCK, MERGE_WARPS, Launches
 from .kernels.tuning import template_tunings
 from .rotation import rotation_matrix
@@ -37,7 +37,7 @@ _SOURCES = Path(attention.__file__).parent / "templates"
 @cache
 def fingerprint() -> str:
     """Of all text that a generated kernel is made of: Inductor's caches know neither templates nor what they import."""
-    modules = attend, attention, jit, merge, packing, prepare, state
+    modules = attend, attention, jit, merge, packing, prepare, state, tier
     files = [*sorted(_SOURCES.glob("*.jinja")), *(Path(module.__file__) for module in modules), Path(__file__)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 

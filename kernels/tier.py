@@ -1,0 +1,394 @@
+"""Device functions of attention over a packed tier, whose codes enter matrix products as they are."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .jit import (
+    CODE_EXPONENT,
+    code_position,
+    codes_at,
+    differ,
+    entry,
+    exp2i,
+    exponent,
+    length_of,
+    log2,
+    next_power_of_2,
+    pinned,
+    rows_of,
+    tile_rows,
+    times_scale,
+    to_fp16,
+    to_fp32,
+    together,
+    transposed,
+    value_loads,
+    value_tiles,
+)
+
+# Arithmetic of the tier, with c a code, s and z its group's scale and zero, t a token, d a channel:
+#
+#   logit_t = sum_d q_d (s c + z)   groups along tokens:   = sum_d (q_d s_d) c_td + sum_d q_d z_d
+#                                   groups along channels: = sum_g s_tg (sum_{d in g} q_d c_td) + z_tg sum_{d in g} q_d
+#   out_d   = sum_t p_t (s c + z)   groups along channels: = sum_t (p_t s_tg) c_td + sum_t p_t z_tg
+#
+# so that codes enter the matrix products as they are, and scales touch q and p only, which are far smaller. q comes
+# normalised to at most 1 by a power of two and p s is kept near 2**15, by the running exponent of s: fp16 operands
+# neither overflow nor lose their small values.
+
+P_EXPONENT = tl.constexpr(7)
+"""p <= 2**P_EXPONENT as an operand."""
+
+S_EXPONENT = tl.constexpr(7)
+"""scale < 2**(S_EXPONENT + 1) where it is folded into p, so that the product fits in fp16."""
+
+LOWEST = tl.constexpr(-1e30)
+"""Stands for the maximum of no logits."""
+
+LEAST = tl.constexpr(-100)
+"""Exponents of all scales are taken as at least this."""
+
+
+@triton.jit
+def _dot_codes(codes, x, acc):
+    """acc + codes @ x. Codes are fp16; an fp32 `x` enters as the sum of two fp16 numbers, so with 22 bits: the second
+    times 2**11, lest it be subnormal and have fewer."""
+    if x.dtype == tl.float32:
+        high = x.to(tl.float16)
+        low = ((x - high.to(tl.float32)) * 2.0**11).to(tl.float16)
+        acc += tl.dot(codes, low) * 2.0**-11
+        return tl.dot(codes, high, acc)
+    else:
+        return tl.dot(codes, x, acc)
+
+
+@triton.jit
+def _row(x, i):
+    """Row i of a tile."""
+    is_i = tl.maximum(1 - tl.abs(tl.arange(0, x.shape[0]) - i), 0).to(tl.float32)
+    return tl.sum(x * is_i[:, None], 0)
+
+
+@triton.jit
+def _side(ROWS: tl.constexpr, SIDES: tl.constexpr):
+    """The side of each column of ROWS."""
+    return tl.arange(0, ROWS) // (ROWS // SIDES)
+
+
+@triton.jit
+def _sides_added(x, SIDES: tl.constexpr):
+    """[..., ROWS] -> [..., ROWS / SIDES]"""
+    if SIDES == 1:
+        return x
+    elif len(x.shape) == 1:
+        return tl.sum(tl.reshape(x, [SIDES, x.shape[0] // SIDES]), 0)
+    else:
+        return tl.sum(tl.reshape(x, [x.shape[0], SIDES, x.shape[1] // SIDES]), 1)
+
+
+@triton.jit
+def _logits_token_groups(
+    q, CODES, SCALE, ZERO, factor, D: tl.constexpr, DP: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Logits of one block, base 2: a tuple of tiles [TILE, ROWS], tokens of each side ascending. `q` is [DP, ROWS] for each
+    side, with zeros in the columns of others."""
+    SIDES: tl.constexpr = len(q)
+    STEPS: tl.constexpr = SLICES // SIDES  # slices of a side
+    channel = tl.arange(0, DP)
+    token = tl.arange(0, TILE)
+    real = channel < D
+    tiles = ()
+    for part in tl.static_range(WORDS // TILE):
+        word_ptr = CODES + (part * TILE + token)[:, None] * D + channel[None, :]
+        tiles = tiles + (tl.load(word_ptr, mask=real[None, :], other=0),)
+    zero_ptr = ZERO + tl.arange(0, BLOCK // GROUP)[:, None] * D + channel[None, :]
+    zero = to_fp16(tl.load(zero_ptr, mask=real[None, :], other=0.0))
+    offsets = _dot_codes(zero, q[0], tl.zeros([BLOCK // GROUP, ROWS], tl.float32)) * factor[None, :]
+    if SIDES > 1:  # the columns of the first side have them
+        of_rows = tl.broadcast_to(_sides_added(offsets, SIDES)[:, None, :], [BLOCK // GROUP, SIDES, ROWS // SIDES])
+        offsets = tl.reshape(of_rows, [BLOCK // GROUP, ROWS])
+    logits = ()
+    for i in tl.static_range(STEPS):
+        unit = factor * (2.0 ** (CODE_EXPONENT - code_position(i * BITS, BITS)))
+        for side in tl.static_range(1, SIDES):
+            power = 2.0 ** (CODE_EXPONENT - code_position((side * STEPS + i) * BITS, BITS))
+            unit = tl.where(_side(ROWS, SIDES) == side, factor * power, unit)
+        for part in tl.static_range(WORDS // TILE):
+            if (i * WORDS + part * TILE) % GROUP == 0:
+                folded = ()
+                offset = _row(offsets, (i * WORDS + part * TILE) // GROUP)
+                for side in tl.static_range(SIDES):
+                    group = ((side * STEPS + i) * WORDS + part * TILE) // GROUP
+                    scale = to_fp16(tl.load(SCALE + group * D + channel, mask=real, other=0.0))
+                    folded = folded + (q[side] * scale.to(q[side].dtype)[:, None],)
+                    if side > 0:
+                        offset = tl.where(_side(ROWS, SIDES) == side, _row(offsets, group), offset)
+            products = tl.zeros([TILE, ROWS], tl.float32)
+            for side in tl.static_range(SIDES):
+                codes = codes_at(tiles[part], (side * STEPS + i) * BITS, BITS)
+                products = _dot_codes(codes, folded[side], products)
+            logits = logits + (products * unit[None, :] + offset[None, :],)
+    return logits
+
+
+@triton.jit
+def _logits_channel_groups(
+    q, CODES, SCALE, ZERO, factor, D: tl.constexpr, DP: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same where keys are grouped along channels. `q` is [DP / GROUP, GROUP, ROWS]."""
+    group = tl.arange(0, DP // GROUP)
+    channel = group[:, None, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
+    real = group * GROUP < D
+    token = tl.arange(0, TILE)
+    total = tl.sum(q.to(tl.float32), 1)  # [groups, ROWS]
+    tiles = ()
+    for part in tl.static_range(WORDS // TILE):
+        word_ptr = CODES + (part * TILE + token)[None, :, None] * D + channel
+        tiles = tiles + (tl.load(word_ptr, mask=real[:, None, None], other=0),)
+    logits = ()
+    for i in tl.static_range(SLICES):
+        for part in tl.static_range(WORDS // TILE):
+            codes = codes_at(tiles[part], i * BITS, BITS)
+            products = _dot_codes(codes, q, tl.zeros([DP // GROUP, TILE, ROWS], tl.float32))
+            products *= 2.0 ** (CODE_EXPONENT - code_position(i * BITS, BITS))
+            place = group[:, None] * BLOCK + i * WORDS + part * TILE + token[None, :]
+            scale = to_fp32(tl.load(SCALE + place, mask=real[:, None], other=0.0))
+            zero = to_fp32(tl.load(ZERO + place, mask=real[:, None], other=0.0))
+            parts = products * scale[:, :, None] + zero[:, :, None] * total[:, None, :]
+            logits = logits + (tl.sum(parts, 0) * factor[None, :],)
+    return logits
+
+
+@triton.jit
+def _largest(tiles):
+    """Elementwise maximum of a tuple of tensors."""
+    top = tiles[0]
+    for i in tl.static_range(1, len(tiles)):
+        top = tl.maximum(top, tiles[i])
+    return top
+
+
+@triton.jit
+def _joined(tiles):
+    """A tuple of 2**n tiles [ROWS, T], side by side."""
+    for _ in tl.static_range(log2(len(tiles))):
+        pairs = ()
+        for i in tl.static_range(0, len(tiles), 2):
+            both = tl.permute(tl.join(tiles[i], tiles[i + 1]), (0, 2, 1))
+            pairs = pairs + (tl.reshape(both, [both.shape[0], 2 * both.shape[2]]),)
+        tiles = pairs
+    return tiles[0]
+
+
+@triton.jit
+def _halves(tiles):
+    """A tuple of 2**n tiles [ROWS, T], side by side: (their even columns, their odd ones)."""
+    evens = ()
+    odds = ()
+    for i in tl.static_range(len(tiles)):
+        even, odd = tl.split(tl.reshape(tiles[i], [tiles[i].shape[0], tiles[i].shape[1] // 2, 2]))
+        evens = evens + (even,)
+        odds = odds + (odd,)
+    return _joined(evens), _joined(odds)
+
+
+@triton.jit
+def _operand(even, odd):
+    """Even and odd columns as the second operand of a product: [columns, ROWS]."""
+    both = tl.reshape(tl.join(even, odd), [even.shape[0], 2 * even.shape[1]])
+    return pinned(tl.trans(both))
+
+
+@triton.jit
+def finite_max(m):
+    """`m`, or something finite where nothing was seen yet, so that exp2(-inf - m) is 0 and not NaN."""
+    return tl.maximum(m, LOWEST)
+
+
+@triton.jit
+def _fold(even, odd, scale, weight):
+    """Probabilities [ROWS, BLOCK / 2] of even and odd tokens, times the scale [SIDES, BLOCK] of the token of the row's
+    side, times a power of two."""
+    if even.dtype == tl.float32:
+        SIDES: tl.constexpr = scale.shape[0]
+        shape: tl.constexpr = [SIDES, even.shape[0] // SIDES, even.shape[1]]
+        scale_even, scale_odd = tl.split(tl.reshape(to_fp32(scale) * weight, [SIDES, even.shape[1], 2]))
+        even = tl.reshape(tl.reshape(even, shape) * scale_even[:, None, :], even.shape)
+        return even, tl.reshape(tl.reshape(odd, shape) * scale_odd[:, None, :], odd.shape)
+    else:
+        return times_scale(even, odd, scale, weight)
+
+
+@triton.jit
+def _operands(even, odd, SIDES: tl.constexpr, TOGETHER: tl.constexpr):
+    """Even and odd columns [ROWS, BLOCK / 2] as operands: of each side those of its rows alone, but one if the codes of all
+    sides are multiplied together."""
+    operands = ()
+    if SIDES == 1 or TOGETHER:
+        operands = operands + (_operand(even, odd),)
+    else:
+        for side in tl.static_range(SIDES):
+            even_here, odd_here = rows_of(even, odd, _side(even.shape[0], SIDES) == side)
+            operands = operands + (_operand(even_here, odd_here),)
+    return operands
+
+
+@triton.jit
+def _value_words(
+    CODES, SIDE: tl.constexpr, SIDES: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Rows FIRST ... FIRST + ROWS - 1 of the words of a side's tokens, or below one another those of all sides."""
+    # Rows are multiplied where they are tiles: else each load computes addresses of its own (20 instructions in the loop).
+    token = tl.arange(0, BLOCK // SIDES)
+    if together(ROWS, SIDES):
+        row = tl.arange(0, ROWS * SIDES)
+        place = FIRST + row % ROWS
+        CODES += row[:, None] // ROWS * (BLOCK // SIDES)
+    else:
+        place = FIRST + tl.arange(0, ROWS)
+        CODES += SIDE * (BLOCK // SIDES)
+    return tl.load(CODES + place[:, None] * BLOCK + token[None, :])
+
+
+@triton.jit
+def _own_side(out, SIDES: tl.constexpr, TOGETHER: tl.constexpr):
+    """Of the output [channels, ROWS] of values of all sides, below one another, that of the column's side."""
+    if SIDES == 1 or not TOGETHER:
+        return out
+    else:
+        channels: tl.constexpr = out.shape[0] // SIDES
+        of_row = tl.arange(0, out.shape[0]) // channels
+        of_column = _side(out.shape[1], SIDES)
+        out = tl.where(of_row[:, None] == of_column[None, :], out, 0.0)
+        return tl.sum(tl.reshape(out, [SIDES, channels, out.shape[1]]), 0)
+
+
+@triton.jit
+def _sums_of_group(zeros, group, SIDES: tl.constexpr, GROUPS: tl.constexpr):
+    """sum_t p_t z_tg of each column, from the row of its side."""
+    sums = _row(zeros, group)
+    for side in tl.static_range(1, SIDES):
+        sums = tl.where(_side(sums.shape[0], SIDES) == side, _row(zeros, side * GROUPS + group), sums)
+    return sums
+
+
+@triton.jit
+def attend_tier(
+    q_ptr, real, factor, K_CODES, K_SCALE, K_ZERO, V_CODES, V_SCALE, V_ZERO, OUT, place, first, last, count,
+    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, SIDES: tl.constexpr, BITS: tl.constexpr,
+    K_GROUP: tl.constexpr, K_TOKEN_AXIS: tl.constexpr, V_GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    WORDS: tl.constexpr, SLICES: tl.constexpr, CHUNKS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Blocks `first ... last - 1` of the tier that starts at block `place`; each in SIDES parts of its tokens, at once.
+
+    The columns of `q_ptr`, `real` and `factor` [ROWS] are the same query rows for each side. Stores the output of the
+    first `count` of them, not divided by its sum, at OUT [ROWS / SIDES], and behind its channels (maximum base 2, sum).
+    """
+    # Tokens per tile: a slice of a word tile, or a part of one so that no tile spans two token groups.
+    K_TILE: tl.constexpr = min(K_GROUP if K_TOKEN_AXIS else 16, WORDS)
+    GROUPS: tl.constexpr = D // V_GROUP
+    Z_ROWS: tl.constexpr = next_power_of_2(SIDES * GROUPS + 1)
+    LOADS: tl.constexpr = value_loads(CHUNKS, V_GROUP, SLICES)
+    TILES: tl.constexpr = value_tiles(CHUNKS, V_GROUP, SLICES)
+    token = tl.arange(0, SIDES)[:, None] * (BLOCK // SIDES) + tl.arange(0, BLOCK // SIDES)[None, :]
+    z_row = tl.arange(0, Z_ROWS)
+    q = ()
+    for side in tl.static_range(SIDES):
+        if K_TOKEN_AXIS:
+            inner = tl.arange(0, DP)[:, None]
+            mask = (real & (_side(ROWS, SIDES) == side))[None, :]
+            q = q + (tl.load(q_ptr[None, :] + inner, mask=mask, other=0.0),)
+        else:
+            inner = tl.arange(0, DP // K_GROUP)[:, None, None] * K_GROUP + tl.arange(0, K_GROUP)[None, :, None]
+            q = q + (tl.load(q_ptr[None, None, :] + inner, mask=real[None, None, :], other=0.0),)
+
+    m = tl.full([ROWS], -float("inf"), tl.float32)
+    # sum_t p_t z_tg of a side's group g in row (side * GROUPS + g), sum_t p_t in the next
+    zeros = tl.zeros([Z_ROWS, ROWS], tl.float32)
+    size = tl.full([], LEAST, tl.int32)  # the largest exponent of a value scale yet
+    out = ()
+    for i in tl.static_range(length_of(TILES)):
+        out = out + (tl.zeros([tile_rows(entry(LOADS, entry(TILES, i, 2), 1), SIDES), ROWS], tl.float32),)
+
+    # So that the loop's offsets have 32 bits: 15 registers less.
+    K_META: tl.constexpr = BLOCK // K_GROUP * D if K_TOKEN_AXIS else D // K_GROUP * BLOCK
+    K_CODES += place * (WORDS * D)
+    K_SCALE += place * K_META
+    K_ZERO += place * K_META
+    V_CODES += place * (WORDS * D)
+    V_SCALE += place * (GROUPS * BLOCK)
+    V_ZERO += place * (GROUPS * BLOCK)
+    for at in range(first, last):
+        k_codes = K_CODES + at * (WORDS * D)
+        k_scale = K_SCALE + at * K_META
+        k_zero = K_ZERO + at * K_META
+        if K_TOKEN_AXIS:
+            logits = _logits_token_groups(
+                q, k_codes, k_scale, k_zero, factor, D, DP, WORDS, K_TILE, BITS, K_GROUP, SLICES, ROWS, BLOCK
+            )
+        else:
+            logits = _logits_channel_groups(
+                q[0], k_codes, k_scale, k_zero, factor, D, DP, WORDS, K_TILE, BITS, K_GROUP, SLICES, ROWS, BLOCK
+            )
+        v_scale = V_SCALE + at * (GROUPS * BLOCK) + token
+        scales = ()
+        for group in tl.static_range(GROUPS):
+            scales = scales + (tl.load(v_scale + group * BLOCK),)
+
+        z_place = z_row % GROUPS * BLOCK + z_row // GROUPS * (BLOCK // SIDES)
+        z_ptr = V_ZERO + at * (GROUPS * BLOCK) + z_place[:, None] + tl.arange(0, BLOCK // SIDES)[None, :]
+        z = tl.load(z_ptr, mask=(z_row < SIDES * GROUPS)[:, None], other=1.0)
+
+        m_new = tl.maximum(m, tl.max(_largest(logits), 0))
+        top = finite_max(m_new)
+        decay = tl.exp2(m - top)
+        m = m_new
+        size_new = tl.maximum(size, exponent(tl.max(to_fp32(_largest(scales)))))
+        out_decay = decay * exp2i(size - size_new)
+        size = size_new
+        probs = ()
+        for i in tl.static_range(len(logits)):
+            p = tl.exp2(logits[i] - (top - P_EXPONENT)[None, :])
+            probs = probs + (tl.trans(pinned(p)) if EXACT else transposed(p.to(tl.float16)),)
+        even, odd = _halves(probs)
+        zeros = _dot_codes(to_fp16(z), _operand(even, odd), zeros * decay[None, :])
+        weight = exp2i(-size + S_EXPONENT)
+        v_words = V_CODES + at * (WORDS * D)
+        loads = ()
+        for i in tl.static_range(length_of(LOADS)):
+            for side in tl.static_range(SIDES):
+                loads = loads + (_value_words(v_words, side, SIDES, entry(LOADS, i, 0), entry(LOADS, i, 1), BLOCK),)
+        added = ()
+        for i in tl.static_range(length_of(TILES)):
+            if differ(TILES, i, 0, V_GROUP):
+                even_folded, odd_folded = _fold(even, odd, scales[entry(TILES, i, 0) // V_GROUP], weight)
+            if differ(TILES, i, 0, V_GROUP) or differ(TILES, i, 2, 1):
+                folded = _operands(even_folded, odd_folded, SIDES, together(entry(LOADS, entry(TILES, i, 2), 1), SIDES))
+            sums = out[i] * out_decay[None, :]
+            for side in tl.static_range(len(folded)):
+                codes = codes_at(loads[entry(TILES, i, 2) * SIDES + side], entry(TILES, i, 1) * BITS, BITS)
+                sums = _dot_codes(codes, folded[side], sums)
+            added = added + (sums,)
+        out = added
+
+    real = tl.arange(0, ROWS // SIDES) < count
+    top = m
+    weight = tl.full([ROWS], 1.0, tl.float32)  # of a side, beside the others
+    if SIDES > 1:
+        top = tl.max(tl.reshape(m, [SIDES, ROWS // SIDES]), 0)
+        of_each = tl.broadcast_to(finite_max(top)[None, :], [SIDES, ROWS // SIDES])
+        weight = tl.exp2(m - tl.reshape(of_each, [ROWS]))
+    for i in tl.static_range(length_of(TILES)):
+        # Two factors: their product could overflow.
+        part = out[i] * (2.0 ** (CODE_EXPONENT - code_position(entry(TILES, i, 1) * BITS, BITS) - P_EXPONENT - S_EXPONENT))
+        part = _own_side(part * exp2i(size), SIDES, together(entry(LOADS, entry(TILES, i, 2), 1), SIDES))
+        part += _sums_of_group(zeros, entry(TILES, i, 0) // V_GROUP, SIDES, GROUPS)[None, :] * 2.0**-P_EXPONENT
+        channel = entry(TILES, i, 0) + tl.arange(0, part.shape[0])
+        tl.store(OUT[None, :] + channel[:, None], _sides_added(part * weight[None, :], SIDES), mask=real[None, :])
+    total = _sides_added(_row(zeros, SIDES * GROUPS) * weight, SIDES) * (2.0**-P_EXPONENT)
+    tl.store(OUT + D, top, mask=real)
+    tl.store(OUT + D + 1, total, mask=real)
