@@ -181,7 +181,7 @@ def column_scores_triton(
     kv_heads = k.shape[1]
     k, lse = unit_last(k), unit_last(lse)
     padded_dim = triton.next_power_of_2(dim)
-    if tuning is None:  # the last queries are all masked: wide programs have nothing to gain
+    if tuning is None:  # of the last queries there are a few tiles only: nothing to gain by wide ones
         tuning = scores_tuning(padded_dim, q.element_size(), batch * kv_heads * seq if last is None else 0)
     counted = lse if lengths is None else lengths
     kinds = {"STRIDE": stride, "HAS_LENGTHS": lengths is not None, "HAS_LAST": last is not None}

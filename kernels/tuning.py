@@ -1,4 +1,5 @@
-"""Every tuning choice of the kernels, in one place. Nothing is tuned at run time: no choice depends on a length."""
+"""Every tuning choice of the kernels, in one place. Nothing is measured at run time, and a length chooses between two tiles of
+the scores only (`scores_tuning`)."""
 
 from __future__ import annotations
 
@@ -22,9 +23,10 @@ MANY_KEYS = 2 * 132 * 256
 def scores_tuning(head_dim: int, itemsize: int, keys: int = 0) -> ScoresTuning:
     """Tiles of the column-sum pass by bytes of a head, and by keys of all heads and batch rows."""
     if head_dim * itemsize <= 256:
-        if keys >= MANY_KEYS:
+        if itemsize == 2 and keys >= MANY_KEYS:
             # The widest product: queries are read, and multiplied from shared memory, half as often, which is less heat,
-            # too: an H200 keeps its highest clock. Two programs of 255 registers fit on a multiprocessor.
+            # too: an H200 keeps its highest clock. Two programs of 255 registers fit on a multiprocessor; what they spill is
+            # used beside the loop that counts, at the diagonal.
             return ScoresTuning(columns=256, queries=64, warps=4, stages=3)
         # About 150 registers and 64 KiB of shared memory: room for three programs on a multiprocessor, so that some are
         # at exp2 while another is at the product.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -256,10 +257,12 @@ def most_memory(call: Callable, args: Sequence[Any], held: Iterable[Any]) -> int
 
 
 def expandable_segments() -> str:
-    """Let CUDA's memory that is free in pieces serve larger tensors from now on; the setting, as text. In the environment it
-    would count only if it was there when torch was imported."""
-    settings = "expandable_segments:True"
-    torch.cuda.memory._set_allocator_settings(settings)
+    """Let CUDA's memory that is free in pieces serve larger tensors from now on, beside what PYTORCH_ALLOC_CONF asks for, which
+    is read when torch is imported. Returns the settings as text."""
+    names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+    asked = next((os.environ[name] for name in names if os.environ.get(name)), "")
+    settings = asked if "expandable_segments" in asked else ",".join(filter(None, (asked, "expandable_segments:True")))
+    torch._C._accelerator_setAllocatorSettings(settings)
     return settings
 
 

@@ -310,8 +310,9 @@ def check_step(mask: Tensor | None, length: Tensor, padding: Tensor, n: int, max
     own = newest.index_select(1, query.clamp(max=max_length - 1))
     require(
         is_causal(mask, length) & (newest.sum(-1) == length + n - padding).all() & own.all(),
-        "The attention mask does not fit the MiniKVCache: it must be causal, with the prompt's padding and no other. A "
-        "padded prompt needs its prefill under the minikv backend.",
+        "The attention mask does not fit the cache of fixed capacity (MiniKVCache, StaticCache): it must be causal, with the "
+        "prompt's padding and no other. A padded prompt needs its prefill under the minikv backend; after it, continue all "
+        "rows with equally many tokens, none of them padding.",
     )
 
 

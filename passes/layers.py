@@ -7,7 +7,7 @@ part has no weights, because each layer with some is a graph break, it is the me
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -51,11 +51,12 @@ def number(rewriter: Rewriter, calls: list[Node]) -> Layers:
     kinds = tuple({type(owner) for owner in owners if owner is not None})
     modules = [module for module in root.modules() if isinstance(module, kinds)]
     indices = [i for owner in owners for i, module in enumerate(modules) if module is owner]
-    held = [module for _, module in root.named_modules(remove_duplicate=False) if module in owners]
-    if len(set(indices)) < len(calls) or len(held) > len(calls):  # one module is several layers
+    if len(set(indices)) < len(calls):
         return Layers(*counted, is_part=True, known=False)
     if rewriter.config.by_layer:
         _keep_apart(owners, weights, len(modules), root)
+    if any(owner in _several(root) for owner in owners):
+        return Layers(*counted, is_part=True, known=False)
     names = {module: name for name, module in root.named_modules()}
     return Layers(indices, [names[owner] for owner in owners], len(modules), is_part=True)
 
@@ -75,6 +76,13 @@ def _owner(rewriter: Rewriter, call: Node, weight: Node | None, root: nn.Module)
         and any(p is rewriter.value_of(weight) for p in module.parameters())
     ]  # fmt: skip
     return found[0] if len(found) == 1 else None
+
+
+def _several(root: nn.Module) -> set[nn.Module]:
+    """The modules that stand in a list more than once, with what they hold: several layers each. (A second name is none.)"""
+    lists = nn.ModuleList, nn.ModuleDict, nn.Sequential
+    counts = [Counter(holder._modules.values()) for holder in root.modules() if isinstance(holder, lists)]
+    return {part for count in counts for held, times in count.items() if held and times > 1 for part in held.modules()}
 
 
 def _is_one_of_many(module: nn.Module, root: nn.Module) -> bool:

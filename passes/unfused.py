@@ -47,6 +47,8 @@ PRODUCTS = ("matmul", "bmm")
 TIMES, OVER, PLUS = ("mul", "imul", "mul_"), ("truediv", "div", "itruediv", "div_"), ("add", "iadd", "add_")
 MASKED = -1e4
 """What is added to a logit at most this takes its key out of the softmax."""
+SHRINKS = 0.01
+"""The smallest factor behind a mask that leaves it one: exp(SHRINKS * MASKED) is 0."""
 
 
 def find_softmax(node: Node) -> Node | None:
@@ -74,6 +76,7 @@ def read_unfused(node: Node) -> Unfused:
             raise NotUnderstood("its softmax has more logits than keys (attention sinks)")
         if is_call(weights, "view", "reshape"):
             raise NotUnderstood("its attention weights are reshaped: batch and heads in one dimension")
+        _check_cast(weights, "its attention weights")
         nodes.append(weights)
         weights = weights.args[0]
     if argument(softmax, 1, "dim") not in (-1, len(shape(softmax)) - 1):
@@ -98,8 +101,9 @@ def read_unfused(node: Node) -> Unfused:
 def _step(node: Node, found: Unfused) -> Node:
     """The logits before `node`: what `node` does to them goes to `found`."""
     if is_call(node, *CASTS):
+        _check_cast(node, "its logits")
         return node.args[0]
-    if is_call(node, *TIMES, *OVER):
+    if is_call(node, *TIMES, *OVER) and not node.kwargs:
         left, right = node.args[:2]
         if not isinstance(right, Number):
             left, right = right, left
@@ -128,6 +132,11 @@ def _step(node: Node, found: Unfused) -> Node:
     raise NotUnderstood(f"its logits go through {callee(node)}")
 
 
+def _check_cast(node: Node, what: str) -> None:
+    if is_call(node, *CASTS) and not example(node).dtype.is_floating_point:
+        raise NotUnderstood(f"{what} are cast to {example(node).dtype}")
+
+
 def _before_upcast(node: Node, nodes: list[Node]) -> Node:
     """The operand of which `node` is a copy in fp32: products are summed in fp32 in any case.
 
@@ -142,6 +151,8 @@ def _before_upcast(node: Node, nodes: list[Node]) -> Node:
 def _masked(found: Unfused, logits: Any, mask: Any, blocks: bool) -> Node:
     if not isinstance(logits, Node) or not isinstance(mask, Node) or not shape(mask):
         raise NotUnderstood("a number is added to its logits")
+    if not found.scale >= SHRINKS:  # of what stands behind the mask, so far
+        raise NotUnderstood(f"its mask is multiplied by {found.scale:g}, together with its logits")
     found.masks.append(Mask(mask, blocks))
     return logits
 

@@ -259,6 +259,24 @@ def test_a_module_in_several_layers_places_is_of_none(caplog):
     assert "which of its layers" in caplog.text
 
 
+def test_another_name_for_the_layers_is_no_other_place():
+    model, backend = AlikeDecoder(), make_backend("minikv", skip_layers=(2,))
+    model.blocks, model.first = model.layers, model.layers[0]
+    with torch.no_grad():
+        _, past = torch.compile(model.eval(), backend=backend)(prompt(300))
+    assert [isinstance(k, KVTensor) for k, _ in past] == [True, True, False, True]
+    assert all(site.layer_known for graph in backend.graphs for site in graph)
+
+
+def test_one_shared_layer_leaves_the_others_known():
+    model, backend = AlikeDecoder(), make_backend("minikv")
+    model.layers[3] = model.layers[0]
+    with torch.no_grad():
+        torch.compile(model.eval(), backend=backend)(prompt(300))
+    sites = [site for graph in backend.graphs for site in graph]
+    assert [(site.layer, site.layer_known) for site in sites] == [(0, False), (1, True), (2, True)]
+
+
 def test_parts_without_attention():
     """Of a function, which is no module."""
 

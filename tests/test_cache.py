@@ -246,7 +246,7 @@ def test_a_padded_prompt_that_ran_eagerly(policy):
     with torch.no_grad():
         model(ids, attention_mask=mask, past_key_values=cache)
     compiled(model, MiniKVBackend(cache.config, "eager"))
-    with pytest.raises(ValueError, match="mask does not fit the MiniKVCache"), torch.no_grad():
+    with pytest.raises(ValueError, match="mask does not fit the cache of fixed capacity"), torch.no_grad():
         model(ids[:, -1:], attention_mask=torch.nn.functional.pad(mask, (0, 1), value=1), past_key_values=cache)
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from minikv_compile import KVTensor
+
 from .helpers import (
     PlainDecoder,
     all_compressed,
@@ -125,10 +127,54 @@ def with_dropout(q, k, v, past):
     return F.dropout((q @ k.mT).softmax(-1), 0.5, True) @ v
 
 
+def causal_bias(q, k, value):
+    later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(k.shape[2] - q.shape[2] + 1)
+    return torch.where(later, value, 0.0), later
+
+
+def scaled_behind_its_mask(factor, value=-1e9):
+    """The mask, too, is multiplied."""
+
+    def attend(q, k, v, past):
+        k, v = repeated(q, k, v)
+        return ((q @ k.mT + causal_bias(q, k, value)[0]) * factor).softmax(-1) @ v
+
+    return attend
+
+
+def changed(change):
+    """Logits that something else than a scale changes before they are masked."""
+
+    def attend(q, k, v, past):
+        k, v = repeated(q, k, v)
+        return change(q @ k.mT).masked_fill(causal_bias(q, k, 0)[1], -torch.inf).softmax(-1) @ v
+
+    return attend
+
+
+def weights_cast(q, k, v, past):
+    k, v = repeated(q, k, v)
+    return (q @ k.mT * 4).masked_fill(causal_bias(q, k, 0)[1], -torch.inf).softmax(-1).to(torch.int32).float() @ v
+
+
+def test_scaled_behind_its_mask():
+    """By a factor that leaves the mask one."""
+    model, backend, ids = PlainDecoder(scaled_behind_its_mask(0.25)), make_backend(), prompt(N)
+    expected, _ = run_plain(model, ids, N)
+    got, past = run_plain(torch.compile(model, backend=backend), ids, N)
+    torch.testing.assert_close(got, expected)
+    assert isinstance(past[0][0], KVTensor)
+
+
 @pytest.mark.parametrize(
     "attend, reason",
     [(soft_capped, "soft-capped"), (sinks, "sinks"), (alibi, "logits go through"), (einsum, "not recognised"),
-     (with_dropout, "dropout")],
+     (with_dropout, "dropout"), (scaled_behind_its_mask(-0.25), "its mask is multiplied by -0.25"),
+     (scaled_behind_its_mask(0.0), "its mask is multiplied"), (scaled_behind_its_mask(1e-3, -1e4), "its mask is multiplied"),
+     (changed(lambda x: torch.div(x, 4, rounding_mode="floor")), "logits go through"),
+     (changed(lambda x: x.to(torch.int32).float()), "its logits are cast to torch.int32"),
+     (changed(lambda x: x.bool().float()), "its logits are cast to torch.bool"),
+     (weights_cast, "its attention weights are cast to torch.int32")],
 )  # fmt: skip
 def test_left_alone(attend, reason):
     model, backend, ids = PlainDecoder(attend), make_backend(), prompt(N)

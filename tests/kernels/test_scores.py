@@ -6,6 +6,7 @@ import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minikv_compile.kernels import scores, tuning
 from minikv_compile.kernels.scores import column_scores, column_scores_reference, column_scores_triton
 from minikv_compile.kernels.tuning import MANY_KEYS, scores_tuning
 
@@ -33,14 +34,14 @@ def inputs(device, batch, kv_heads, ratio, seq, dim, dtype, seed=0, seq_first=Fa
 
 def check(q, k, scale, lengths=None, last=None, stride=1, keys=0):
     """`keys`: how many the tiles are chosen for."""
-    tuning = scores_tuning(triton.next_power_of_2(q.shape[-1]), q.element_size(), keys)
+    tiles = scores_tuning(triton.next_power_of_2(q.shape[-1]), q.element_size(), keys)
     lse = natural_lse(q, k, scale)
     expected = column_scores_reference(q.double(), k.double(), scale, lengths, last, stride)
     if lengths is not None:
         for row, length in enumerate(lengths.tolist()):
             for x in (q, k, lse):
                 x[row, :, length:] = torch.nan
-    actual = column_scores_triton(q, k, lse, scale, lengths, last, stride, tuning)
+    actual = column_scores_triton(q, k, lse, scale, lengths, last, stride, tiles)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -100,3 +101,20 @@ def test_queries_that_bulk_loads_cannot_take(device, odd):
 def test_cpu_tensors_take_the_reference():
     q, k = inputs("cpu", 1, 1, 2, 33, 64, torch.float32)
     assert torch.equal(column_scores(q, k, natural_lse(q, k, 0.1), 0.1), column_scores_reference(q, k, 0.1))
+
+
+@pytest.mark.parametrize("last, columns", [(None, 256), (8, 128)])
+def test_wide_tiles_where_there_are_many_keys(device, monkeypatch, last, columns):
+    used = []
+
+    def recorded(*arguments):
+        used.append(scores_tuning(*arguments))
+        return used[-1]
+
+    monkeypatch.setattr(tuning, "MANY_KEYS", 600)
+    monkeypatch.setattr(scores, "scores_tuning", recorded)
+    q, k = inputs(device, 1, 2, 2, 320, 64, torch.bfloat16)
+    expected = column_scores_reference(q.double(), k.double(), 0.1, None, last)
+    actual = column_scores_triton(q, k, natural_lse(q, k, 0.1), 0.1, None, last)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+    assert [t.columns for t in used] == [columns]
