@@ -1,12 +1,14 @@
 """Random small decoders: whatever the pass makes of them, they compute what they computed."""
 
 import math
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from . import test_static
 from .helpers import PlainDecoder, make_backend, prompt, run_plain
 from .test_order import SeqFirstDecoder
 
@@ -68,3 +70,19 @@ def test_rewritten_equals_eager(spelling, mask, scale, dim, kv_heads, ratio, bat
     taken = dim % 16 == 0 and mask not in ("window", "full")
     assert {site.rewritten for site in reports} == {taken}, reports
     assert (type(past[0][0]) is torch.Tensor) != taken
+
+
+@settings(max_examples=12)
+@given(
+    pair=st.sampled_from(test_static.PAIRS), dim=DIMS, kv_heads=st.sampled_from([1, 2, 3]), ratio=st.sampled_from([1, 2, 5]),
+    batch=st.sampled_from([1, 2]), tokens=st.integers(2, 40),
+)  # fmt: skip
+def test_rewritten_equals_eager_over_static_buffers(pair, dim, kv_heads, ratio, batch, tokens):
+    torch._dynamo.reset()
+    with mock.patch.multiple(test_static, HEADS=kv_heads * ratio, KV_HEADS=kv_heads, DIM=dim):
+        model, backend = test_static.StaticDecoder(*pair, batch=batch), make_backend()
+        expected, got = test_static.both(model, prompt(tokens + 4, batch), tokens, backend=backend)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    reports = [site for graph in backend.graphs for site in graph]
+    assert {site.rewritten for site in reports} == {dim % 16 == 0}, reports
+    assert test_static.all_given_back(model) == (dim % 16 == 0)

@@ -11,7 +11,20 @@ from torch import nn
 
 from minikv_compile import KVTensor, MiniKVBackend, MiniKVConfig
 
-from .helpers import VOCAB, all_compressed, captured, compiled, greedy, kinds, make_backend, prompt, tiny
+from .helpers import (
+    PAD,
+    VOCAB,
+    PlainDecoder,
+    all_compressed,
+    captured,
+    compiled,
+    greedy,
+    kinds,
+    make_backend,
+    prompt,
+    run_plain,
+    tiny,
+)
 
 
 def both(model, run, preset="lossless", **changes):
@@ -87,6 +100,74 @@ def test_a_prefix_is_continued_twice():
     again = [greedy(model, torch.cat([prefix, end], 1), past_key_values=copy.deepcopy(cache)).sequences for end in ends]
     last = greedy(model, torch.cat([prefix, ends[0]], 1), past_key_values=cache).sequences
     assert all(map(torch.equal, first, again)) and torch.equal(first[0], last)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", ["lossless", "default"])
+def test_a_reference_to_a_prefix_is_continued_twice(preset):
+    """By tuples of keys and values, which nobody copies."""
+    prefix, ends = prompt(300), [prompt(10), prompt(150)]
+    plain = PlainDecoder()
+    model = torch.compile(plain, backend=make_backend(preset))
+    fresh = [run_plain(model, end, 1, past=model(prefix)[1])[0] for end in ends]
+    _, past = model(prefix)
+    for _ in range(2):
+        assert all(torch.equal(run_plain(model, end, 1, past=past)[0], one) for end, one in zip(ends, fresh, strict=True))
+    if preset == "lossless":
+        whole = [plain(torch.cat([prefix, end], 1))[0][:, prefix.shape[1] :] for end in ends]
+        for one, other in zip(fresh, whole, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+def test_several_sequences_of_a_padded_batch():
+    ids = prompt(30, batch=2)
+    ids[0, :9] = PAD
+
+    def run(model):
+        torch.manual_seed(3)
+        mask = (ids != PAD).long()
+        return model.generate(ids, attention_mask=mask, max_new_tokens=12, num_return_sequences=3, do_sample=True)
+
+    expected, got, backend = both(tiny(), run)
+    assert torch.equal(got, expected) and got.shape == (6, 42)
+    assert {kind for graph in kinds(backend) for kind in graph} == {"prefill", "decode"}
+
+
+def test_flex_attention_is_left_alone():
+    model, ids = tiny(), prompt(60)
+    model.set_attn_implementation("flex_attention")
+    expected, got, backend = both(model, lambda model: greedy(model, ids).sequences)
+    assert torch.equal(got, expected)
+    assert not any(site.rewritten for graph in backend.graphs for site in graph)
+    assert any("flex_attention" in site.reason for graph in backend.graphs for site in graph), kinds(backend)
+
+
+def test_an_encoder_is_left_alone():
+    config = transformers.BertConfig(
+        vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    model, backend = transformers.BertModel(config).eval(), make_backend()
+    with torch.no_grad():
+        expected, got = (m(prompt_ids)[0] for prompt_ids in [prompt(20)] for m in (model, torch.compile(model, backend=backend)))
+    torch.testing.assert_close(got, expected)
+    assert kinds(backend) and not any(site.rewritten for graph in backend.graphs for site in graph)
+
+
+def test_encoder_and_decoder():
+    """Attention to the encoder is left alone, the decoder's own is compressed."""
+    config = transformers.BartConfig(
+        vocab_size=VOCAB, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, pad_token_id=PAD, bos_token_id=1, eos_token_id=None, decoder_start_token_id=1,
+        forced_eos_token_id=None, init_std=0.2,
+    )  # fmt: skip
+    model, ids = transformers.BartForConditionalGeneration(config).eval(), prompt(20)
+    model.generation_config.forced_eos_token_id = None
+    expected, got, backend = both(model, lambda model: model.generate(ids, max_new_tokens=8, do_sample=False))
+    assert torch.equal(got, expected)
+    sites = [site for graph in backend.graphs for site in graph]
+    own = [site for site in sites if "encoder_attn" not in site.where and ".encoder." not in f".{site.where}"]
+    assert own and all(site.rewritten for site in own), kinds(backend)
+    assert not any(site.rewritten for site in sites if site not in own) and len(sites) > len(own)
 
 
 @pytest.mark.parametrize("chunk", [64, 300])
