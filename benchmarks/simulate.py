@@ -24,7 +24,8 @@ from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 
 from minikv_compile.balancer import query_range
-from minikv_compile.cli import listed, load, numbers, split_methods
+from minikv_compile.cli import load
+from minikv_compile.cli_options import listed, numbers, split_methods
 from minikv_compile.config import MiniKVConfig
 from minikv_compile.evaluate import PLACES
 from minikv_compile.haystack import held_out_ids

@@ -4,7 +4,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from minikv_compile import capacity
+from minikv_compile import capacity, compat
 from minikv_compile.bench import Settings
 from minikv_compile.cli import app
 from minikv_compile.shapes import load_config, random_model
@@ -78,3 +78,16 @@ def test_needs_a_gpu():
         pytest.skip("there is one")
     result = CliRunner().invoke(app, ["capacity", "--model", "tiny"])
     assert result.exit_code == 2 and "no GPU" in result.output
+
+
+@pytest.mark.parametrize(
+    "asked, set_to",
+    [("", "expandable_segments:True"), ("max_split_size_mb:64", "max_split_size_mb:64,expandable_segments:True"),
+     ("expandable_segments:False", "expandable_segments:False")],
+)  # fmt: skip
+def test_the_allocator_is_asked_beside_what_the_user_asked(monkeypatch, asked, set_to):
+    settings = []
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", asked)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
+    assert compat.expandable_segments() == set_to and settings == [set_to]
