@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
@@ -31,6 +32,9 @@ from minikv_compile.kernels.scores import column_scores_triton
 from minikv_compile.kernels.select import bitmask_triton, highest_triton
 from minikv_compile.kernels.tuning import MANY_KEYS, scores_tuning
 from minikv_compile.rotation import hadamard
+
+DEVICE = "cuda"
+"""The tests launch on the CPU, in Triton's interpreter, and watch addresses there."""
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 ATTEND = [
@@ -56,11 +60,11 @@ def attend(
 ) -> None:  # fmt: skip
     """Two ragged rows, of which the second has no block in its tier."""
     batch, kv_heads, blocks, length = 2, 2, 2, 1000
-    rotation = hadamard(dim).cuda() if rotate else None
-    tokens = torch.tensor([blocks * BLOCK, 0], dtype=torch.int32, device="cuda")
+    rotation = hadamard(dim).to(DEVICE) if rotate else None
+    tokens = torch.tensor([blocks * BLOCK, 0], dtype=torch.int32, device=DEVICE)
     k_group = group if axis == "token" else value_group(group, dim)
-    x = torch.randn(batch, kv_heads, blocks * BLOCK, dim, device="cuda").to(dtype)
-    balancer = torch.rand(batch, kv_heads, dim, device="cuda") + 0.5 if important_bits else None
+    x = torch.randn(batch, kv_heads, blocks * BLOCK, dim, device=DEVICE).to(dtype)
+    balancer = torch.rand(batch, kv_heads, dim, device=DEVICE) + 0.5 if important_bits else None
 
     def packed(bits):
         return [
@@ -73,11 +77,11 @@ def attend(
 
     tiers = packed(bits)
     important = Important(*packed(important_bits), important_bits) if important_bits else None
-    dense = [torch.randn(batch, kv_heads, 70, dim, device="cuda").to(dtype) for _ in range(2)]
-    offset = torch.tensor([length - 70, length - new], device="cuda")
+    dense = [torch.randn(batch, kv_heads, 70, dim, device=DEVICE).to(dtype) for _ in range(2)]
+    offset = torch.tensor([length - 70, length - new], device=DEVICE)
     none = torch.zeros_like(offset)
     state = torch.stack([offset, none, tokens, none, none, tokens if important_bits else none], -1).int()
-    q, k, v = (torch.randn(batch, h, new, dim, device="cuda").to(dtype) for h in (heads, kv_heads, kv_heads))
+    q, k, v = (torch.randn(batch, h, new, dim, device=DEVICE).to(dtype) for h in (heads, kv_heads, kv_heads))
     k_tier, v_tier = tiers if tier else (None, None)
     attend_triton(q, k, v, k_tier, v_tier, *dense, state, length, dim**-0.5, bits, k_group, axis,
                   value_group(group, dim), rotation if tier else None, balancer, important)  # fmt: skip
@@ -86,60 +90,69 @@ def attend(
 def compress(dim: int, dtype: torch.dtype, layout: str, group: int, rotate: bool) -> None:
     """Gathered tokens, then the dense region that is left."""
     batch, kv_heads, seq = 2, 2, 300
-    x = torch.randn(batch, kv_heads, seq, dim, device="cuda").to(dtype)
+    x = torch.randn(batch, kv_heads, seq, dim, device=DEVICE).to(dtype)
     x[0, 0, 7, 3] = torch.inf
-    index = torch.rand(batch, kv_heads, seq, device="cuda").argsort(-1)
-    tokens = torch.tensor([2 * BLOCK, BLOCK], dtype=torch.int32, device="cuda")
+    index = torch.rand(batch, kv_heads, seq, device=DEVICE).argsort(-1)
+    tokens = torch.tensor([2 * BLOCK, BLOCK], dtype=torch.int32, device=DEVICE)
     axis = "token" if layout == "key" else "channel"
     counted = counters(x)
     compress_triton(
-        x, index, 4, tokens, 2, 2, group, axis, layout, hadamard(dim).cuda() if rotate else None, counted=counted,
+        x, index, 4, tokens, 2, 2, group, axis, layout, hadamard(dim).to(DEVICE) if rotate else None, counted=counted,
     )  # fmt: skip
     dense_region_triton(x, index, 4, tokens, seq - tokens, 200, counted)
 
 
 def scores(dim: int, dtype: torch.dtype, last: int | None, keys: int = 0) -> None:
     """Two rows of different length, in the tiles for `keys` keys."""
-    q, k = (torch.randn(2, h, 200, dim, device="cuda").to(dtype) for h in (4, 2))
-    lse = torch.randn(2, 4, 200, device="cuda")
+    q, k = (torch.randn(2, h, 200, dim, device=DEVICE).to(dtype) for h in (4, 2))
+    lse = torch.randn(2, 4, 200, device=DEVICE)
     tuning = scores_tuning(triton.next_power_of_2(dim), q.element_size(), keys)
-    column_scores_triton(q, k, lse, dim**-0.5, torch.tensor([200, 77], device="cuda"), last, tuning=tuning)
+    column_scores_triton(q, k, lse, dim**-0.5, torch.tensor([200, 77], device=DEVICE), last, tuning=tuning)
+
+
+def highest(rows: int, n: int) -> None:
+    highest_triton(torch.rand(rows, n, device=DEVICE), 100)
 
 
 def important(dim: int, n: int) -> None:
     """Tokens that are held apart, the order of storage, and which ones are kept, in bits."""
-    distance = distance_from_mean_triton(torch.randn(3, n, dim, device="cuda").bfloat16())
-    order = stored_order_triton(highest_triton(distance, 64)[None], torch.tensor([64], dtype=torch.int32, device="cuda"), n, 0)
-    bitmask_triton(order, torch.tensor([n - 7], dtype=torch.int32, device="cuda"), n)
+    distance = distance_from_mean_triton(torch.randn(3, n, dim, device=DEVICE).bfloat16())
+    order = stored_order_triton(highest_triton(distance, 64)[None], torch.tensor([64], dtype=torch.int32, device=DEVICE), n, 0)
+    bitmask_triton(order, torch.tensor([n - 7], dtype=torch.int32, device=DEVICE), n)
 
 
 def flush(dim: int) -> None:
     """Two rows, of which one is full: it flushes two blocks."""
-    state = torch.tensor([[250, 0, 0, 0, 4, 0], [0, 0, BLOCK, 0, 4, 0]], dtype=torch.int32, device="cuda")
+    state = torch.tensor([[250, 0, 0, 0, 4, 0], [0, 0, BLOCK, 0, 4, 0]], dtype=torch.int32, device=DEVICE)
     layers = []
     for layout, group, axis in (("key", BLOCK, "token"), ("value", 16, "channel")):
-        dense = torch.randn(2, 3, 384, dim, device="cuda")
+        dense = torch.randn(2, 3, 384, dim, device=DEVICE)
         tier = empty_packed(2, 3, 4, dim, 2, group, axis, layout, dense.dtype, dense.device)
         layers.append([(*tier, dense, state.clone(), dense)])
-    flush_triton(*layers, 384, 1, 300, 64, 2, 2, (BLOCK, 16), ("token", "channel"), hadamard(dim).cuda(), False, 1.0)
+    flush_triton(*layers, 384, 1, 300, 64, 2, 2, (BLOCK, 16), ("token", "channel"), hadamard(dim).to(DEVICE), False, 1.0)
+
+
+LAUNCHES = {
+    **{f"attend {i}": partial(attend, **case) for i, case in enumerate(ATTEND)},
+    "compress keys": partial(compress, 128, torch.bfloat16, "key", 64, True),
+    "compress values": partial(compress, 128, torch.bfloat16, "value", 64, True),
+    "compress padded": partial(compress, 80, torch.float16, "value", 16, False),
+    "scores": partial(scores, 128, torch.bfloat16, None),
+    "scores wide": partial(scores, 128, torch.bfloat16, None, MANY_KEYS),
+    "scores last": partial(scores, 80, torch.float16, 64),
+    "highest": partial(highest, 4, 1000),
+    "highest of many": partial(highest, 2, 40000),
+    "important": partial(important, 128, 5000),
+    "important padded": partial(important, 80, 190),
+    "flush": partial(flush, 80),
+}
+"""Every kernel once or more."""
 
 
 def launch() -> None:
-    """Every kernel once or more."""
     torch.manual_seed(0)
-    for case in ATTEND:
-        attend(**case)
-    compress(128, torch.bfloat16, "key", 64, True)
-    compress(128, torch.bfloat16, "value", 64, True)
-    compress(80, torch.float16, "value", 16, False)
-    scores(128, torch.bfloat16, None)
-    scores(128, torch.bfloat16, None, MANY_KEYS)
-    scores(80, torch.float16, 64)
-    highest_triton(torch.rand(4, 1000, device="cuda"), 100)
-    highest_triton(torch.rand(2, 40000, device="cuda"), 100)
-    important(128, 5000)
-    important(80, 190)
-    flush(80)
+    for run in LAUNCHES.values():
+        run()
     torch.cuda.synchronize()
     print("launched")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .jit import LOG2E, check_dtype, check_head_dim, dot_precision, operand_dtype, to_operand, unit_last
-from .tuning import ScoresTuning, scores_tuning
+from .tuning import WIDE_BYTES, ScoresTuning, scores_tuning
 
 
 def column_scores_reference(
@@ -163,6 +164,14 @@ def _column_scores_kernel(
     tl.store(OUT + pair.to(tl.int64) * seq + k_rows, total, mask=k_rows < seq)
 
 
+@functools.cache
+def _holds_wide_tiles(device: torch.device) -> bool:
+    """Whether a multiprocessor has the shared memory for two wide tiles (Hopper's 228 KiB)."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= 2 * WIDE_BYTES
+
+
 def _described(q: Tensor, queries: int, padded_dim: int) -> TensorDescriptor:
     """For bulk loads, which need strides of 16 bytes."""
     if q.data_ptr() % 16 or q.stride(-1) != 1 or any(n * q.element_size() % 16 for n in q.stride()[:-1]):
@@ -182,7 +191,8 @@ def column_scores_triton(
     k, lse = unit_last(k), unit_last(lse)
     padded_dim = triton.next_power_of_2(dim)
     if tuning is None:  # of the last queries there are a few tiles only: nothing to gain by wide ones
-        tuning = scores_tuning(padded_dim, q.element_size(), batch * kv_heads * seq if last is None else 0)
+        wide = last is None and _holds_wide_tiles(q.device)
+        tuning = scores_tuning(padded_dim, q.element_size(), batch * kv_heads * seq if wide else 0)
     counted = lse if lengths is None else lengths
     kinds = {"STRIDE": stride, "HAS_LENGTHS": lengths is not None, "HAS_LAST": last is not None}
     padded = triton.cdiv(seq // stride, tuning.queries) * tuning.queries

@@ -17,7 +17,9 @@ class ScoresTuning:
 
 
 MANY_KEYS = 2 * 132 * 256
-"""Keys, of all heads and batch rows, from which programs of 256 keys occupy an H200 twice."""
+"""Keys, of all heads and batch rows, from which programs of 256 keys occupy an H200 (132 multiprocessors) twice."""
+WIDE_BYTES = 113 * 1024
+"""Shared memory of such a program."""
 
 
 def scores_tuning(head_dim: int, itemsize: int, keys: int = 0) -> ScoresTuning:
@@ -98,7 +100,7 @@ def attend_tuning(
     # with a few blocks each gain nothing by a longer start, unless blocks are small (64 channels at 2 bits).
     most = 10 if query_rows > FEW_ROWS and head_dim * itemsize <= 256 else 5  # KiB
     # Value words of 64 channels at 2 bits have 8 rows, half of an operand, which a second side's fill. Larger blocks gain
-    # nothing by two sides (within 2% at 128 channels, 6% slower at 4 bits).
+    # nothing by two sides (within 4% at 128 channels, 6% slower at 4 bits).
     sides = 2 if free_columns and 0 < block_bytes <= 5 * 1024 else 1
     third = 0 < block_bytes <= most * 1024
     stages = 3 if third else 2

@@ -261,7 +261,8 @@ def expandable_segments() -> str:
     is read when torch is imported. Returns the settings as text."""
     names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
     asked = next((os.environ[name] for name in names if os.environ.get(name)), "")
-    settings = asked if "expandable_segments" in asked else ",".join(filter(None, (asked, "expandable_segments:True")))
+    chosen = "expandable_segments" in asked or "backend" in asked  # another allocator has none
+    settings = asked if chosen else ",".join(filter(None, (asked, "expandable_segments:True")))
     torch._C._accelerator_setAllocatorSettings(settings)
     return settings
 

@@ -55,7 +55,7 @@ def number(rewriter: Rewriter, calls: list[Node]) -> Layers:
         return Layers(*counted, is_part=True, known=False)
     if rewriter.config.by_layer:
         _keep_apart(owners, weights, len(modules), root)
-    if any(owner in _several(root) for owner in owners):
+    if not _several(root).isdisjoint(modules):  # those behind it count from another number, too
         return Layers(*counted, is_part=True, known=False)
     names = {module: name for name, module in root.named_modules()}
     return Layers(indices, [names[owner] for owner in owners], len(modules), is_part=True)

@@ -48,7 +48,7 @@ TIMES, OVER, PLUS = ("mul", "imul", "mul_"), ("truediv", "div", "itruediv", "div
 MASKED = -1e4
 """What is added to a logit at most this takes its key out of the softmax."""
 SHRINKS = 0.01
-"""The smallest factor behind a mask that leaves it one: exp(SHRINKS * MASKED) is 0."""
+"""The smallest factor behind a mask that leaves it one: exp(SHRINKS * MASKED) is a subnormal number of fp32."""
 
 
 def find_softmax(node: Node) -> Node | None:

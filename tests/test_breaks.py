@@ -268,13 +268,15 @@ def test_another_name_for_the_layers_is_no_other_place():
     assert all(site.layer_known for graph in backend.graphs for site in graph)
 
 
-def test_one_shared_layer_leaves_the_others_known():
-    model, backend = AlikeDecoder(), make_backend("minikv")
-    model.layers[3] = model.layers[0]
+def test_one_shared_layer_makes_all_unknown(caplog):
+    """The layers behind it would be counted too low."""
+    model, backend = AlikeDecoder(), make_backend("minikv", skip_layers=(3,))
+    model.layers[2] = model.layers[0]
     with torch.no_grad():
         torch.compile(model.eval(), backend=backend)(prompt(300))
     sites = [site for graph in backend.graphs for site in graph]
-    assert [(site.layer, site.layer_known) for site in sites] == [(0, False), (1, True), (2, True)]
+    assert sites and not any(site.layer_known for site in sites)
+    assert "which of its layers" in caplog.text
 
 
 def test_parts_without_attention():

@@ -83,7 +83,7 @@ def test_needs_a_gpu():
 @pytest.mark.parametrize(
     "asked, set_to",
     [("", "expandable_segments:True"), ("max_split_size_mb:64", "max_split_size_mb:64,expandable_segments:True"),
-     ("expandable_segments:False", "expandable_segments:False")],
+     ("expandable_segments:False", "expandable_segments:False"), ("backend:cudaMallocAsync", "backend:cudaMallocAsync")],
 )  # fmt: skip
 def test_the_allocator_is_asked_beside_what_the_user_asked(monkeypatch, asked, set_to):
     settings = []
