@@ -169,7 +169,8 @@ def _holds_wide_tiles(device: torch.device) -> bool:
     """Whether a multiprocessor has the shared memory for two wide tiles (Hopper's 228 KiB)."""
     if device.type != "cuda":
         return True
-    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= 2 * WIDE_BYTES
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_multiprocessor", 0) >= 2 * WIDE_BYTES  # ROCm says nothing
 
 
 def _described(q: Tensor, queries: int, padded_dim: int) -> TensorDescriptor:

@@ -203,16 +203,14 @@ def capacity(
     torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0))
     lm = parsed(load_model, model, layers, place, torch.bfloat16, option="--model")
     meta = random_model(lm.config, "meta", torch.bfloat16)
-    settings, found = benchmark.Settings(steps=steps), []
+    settings, limit = benchmark.Settings(steps=steps), min(limit, total)
     about = {**provenance(place), "shape": model, "layers": layers, "weight_bytes": weight_bytes(lm), "chunk": chunk}
     about["allocator"] = allocator
     with capacities.chunked(lm, chunk), capacities.chunked(meta, chunk), torch.no_grad():
-        for question in ("batch", "prompt") if what == "both" else (what,):
-            for method in chosen:
-                found.append(
-                    capacities.measure_capacity(method, lm, meta, question, tokens, min(limit, total), settings, probes)
-                )
-                print(json.dumps(asdict(found[-1])), flush=True)
-                if json_file is not None:
-                    json_file.write_text(json.dumps({**about, "results": [asdict(c) for c in found]}, indent=1) + "\n")
+        questions = ("batch", "prompt") if what == "both" else (what,)
+        results = (
+            capacities.measure_capacity(method, lm, meta, question, tokens, limit, settings, probes)
+            for question in questions for method in chosen
+        )  # fmt: skip
+        found = _collected(results, about, json_file)
     console.print(capacities.capacity_table(found, f"{title(model)}, {memory}"))

@@ -1,10 +1,13 @@
 """`minikv capacity` but for the memory of a GPU."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from minikv_compile import capacity, compat
+from minikv_compile import capacity, cli_bench, compat
 from minikv_compile.bench import Settings
 from minikv_compile.cli import app
 from minikv_compile.shapes import load_config, random_model
@@ -91,3 +94,28 @@ def test_the_allocator_is_asked_beside_what_the_user_asked(monkeypatch, asked, s
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
     assert compat.expandable_segments() == set_to and settings == [set_to]
+
+
+def test_each_answer_is_written_when_it_comes(monkeypatch, tmp_path):
+    """The command, with another's measurements: memory of a GPU is not at hand."""
+    asked, file = [], tmp_path / "capacity.json"
+
+    def measured(method, model, meta, question, prompt, memory, settings, probes):
+        if asked:
+            assert len(json.loads(file.read_text())["results"]) == len(asked)
+        asked.append((question, method))
+        return capacity.Capacity(method, question, prompt, memory, 9, 8, 9, 100, 99, 1.0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: SimpleNamespace(total_memory=10**11))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: None)
+    monkeypatch.setattr(compat, "expandable_segments", lambda: "expandable_segments:True")
+    monkeypatch.setattr(cli_bench, "provenance", lambda place: {})
+    monkeypatch.setattr(cli_bench, "load_model", lambda *arguments: small())
+    monkeypatch.setattr(capacity, "measure_capacity", measured)
+    result = CliRunner().invoke(app, ["capacity", "--methods", "dense,default", "--memory", "24GB", "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    assert asked == [(what, method) for what in ("batch", "prompt") for method in ("dense", "default")]
+    written = json.loads(file.read_text())
+    assert len(written["results"]) == 4 and written["allocator"] == "expandable_segments:True"
+    assert {row["memory"] for row in written["results"]} == {24 * 10**9}
