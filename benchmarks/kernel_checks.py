@@ -15,7 +15,7 @@ from kernel_cases import Case, tensors, tuning_of
 from minikv_compile.kernels.attend import attend_triton
 from minikv_compile.kernels.compress import compress_reference, compress_triton
 from minikv_compile.kernels.jit import CODE_EXPONENT, code_position, codes_at
-from minikv_compile.kernels.packing import BLOCK, dequantize, unpack, value_group
+from minikv_compile.kernels.packing import BLOCK, MOST_NOISE, dequantize, metadata, unpack, value_group
 from minikv_compile.kernels.prefill import causal_attention_lse
 from minikv_compile.kernels.scores import column_scores_reference, column_scores_triton
 from minikv_compile.kernels.tuning import MANY_KEYS, scores_tuning
@@ -29,7 +29,7 @@ far larger than the output, nearly cancel; 1.8e-5 was measured."""
 def exact(arguments: list) -> torch.Tensor:
     """What `attend_triton` computes, in float64; its dense regions hold the new tokens already."""
     q, _, _, k_tier, v_tier, k_dense, v_dense, state, length, scale, bits, *rest = arguments
-    k_group, k_axis, v_group, rotation = rest
+    k_group, k_axis, v_group, rotation, _, _, noise = rest
     batch, heads, n, dim = q.shape
     ratio = heads // k_dense.shape[1]
     out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
@@ -39,17 +39,22 @@ def exact(arguments: list) -> torch.Tensor:
         blocks, dense = int(state[row, 2]) // BLOCK, length - int(state[row, 0])
 
         def values(tier, layout, group, axis, row=row, blocks=blocks):
-            codes, scales, zeros = (t[row, :, :blocks] for t in tier)
+            codes, *stored = (t[row, :, :blocks] for t in tier)
+            scales, zeros = metadata(*stored, bits)
             if axis == "channel":
                 scales, zeros = scales.mT, zeros.mT
             dim_of_group = -2 if axis == "token" else -1
             scales, zeros = (t.double().repeat_interleave(group, dim_of_group) for t in (scales, zeros))
-            return (unpack(codes, bits, layout) * scales + zeros).flatten(1, 2) @ matrix.T
+            return (unpack(codes, bits, layout) * scales + zeros).flatten(1, 2) @ matrix.T, scales.flatten(1, 2)
 
-        k = torch.cat([values(k_tier, "key", k_group, k_axis), k_dense[row, :, :dense].double()], 1)
-        v = torch.cat([values(v_tier, "value", v_group, "channel"), v_dense[row, :, :dense].double()], 1)
-        k, v = (x.repeat_interleave(ratio, 0) for x in (k, v))
+        keys, steps = values(k_tier, "key", k_group, k_axis)
+        k = torch.cat([keys, k_dense[row, :, :dense].double()], 1)
+        v = torch.cat([values(v_tier, "value", v_group, "channel")[0], v_dense[row, :, :dense].double()], 1)
+        k, v, steps = (x.repeat_interleave(ratio, 0) for x in (k, v, steps))
         logits = q[row].double() @ k.mT * scale
+        if k_axis == "token":
+            noises = noise * scale**2 * ((q[row].double() @ matrix) ** 2 @ steps.mT**2)
+            logits[..., : steps.shape[1]] -= noises.clamp(max=MOST_NOISE)
         later = torch.arange(k.shape[1], device=q.device) > k.shape[1] - n + torch.arange(n, device=q.device)[:, None]
         out[row] = logits.masked_fill(later, -torch.inf).softmax(-1) @ v
     return out
@@ -77,7 +82,8 @@ def check_attend(case: Case, seed: int, device: torch.device) -> dict:
     error = relative_error(out, exact(arguments))
     tolerance = TOLERANCE[case.dtype]
     what = f"{case.name}{' ' + case.variant if case.variant else ''} {case.heads}/{case.kv_heads} D{case.dim}"
-    what += f" {case.bits} bit g{case.k_group}/{case.v_group} {case.k_axis} n{case.new} {str(case.dtype)[6:]}"
+    what += f" {case.bits} bit, metadata {case.metadata_bits}, g{case.k_group}/{case.v_group} {case.k_axis} n{case.new}"
+    what += f" {str(case.dtype)[6:]}"
     return dict(what=f"attend {what}", error=error, limit=tolerance, ok=error <= tolerance and same, repeats=same)
 
 
@@ -105,7 +111,9 @@ def check_codes(device: torch.device) -> dict:
     return dict(what="codes as subnormal operands: values that differ", error=wrong, limit=0, ok=wrong == 0)
 
 
-def check_compress(dim: int, dtype: torch.dtype, bits: int, group: int, device: torch.device) -> list[dict]:
+def check_compress(
+    dim: int, dtype: torch.dtype, bits: int, group: int, metadata_bits: int, device: torch.device
+) -> list[dict]:
     """Relative error of dequantized values against the reference's, keys and values, gathered and rotated."""
     rows = []
     torch.manual_seed(1)
@@ -115,14 +123,14 @@ def check_compress(dim: int, dtype: torch.dtype, bits: int, group: int, device: 
     tokens = torch.tensor([blocks * BLOCK, 2 * BLOCK], dtype=torch.int32)
     v_group = value_group(group, dim)
     for layout, axis, g in (("key", "token", group), ("value", "channel", v_group), ("key", "channel", v_group)):
-        arguments = (4, tokens, blocks, bits, g, axis, layout, hadamard(dim), 1.0)
+        arguments = (4, tokens, blocks, bits, g, axis, layout, hadamard(dim), 1.0, None, None, metadata_bits)
         moved = [t.to(device) if isinstance(t, torch.Tensor) else t for t in arguments]
         poison(device)
         ours = [t.cpu() for t in compress_triton(x.to(device), index.to(device), *moved)]
         theirs = compress_reference(x, index, *arguments)
-        (a, b) = (dequantize(unpack(p[0], bits, layout), p[1], p[2], g, axis).double() for p in (ours, theirs))
+        (a, b) = (dequantize(unpack(p[0], bits, layout), p[1], p[2], bits, g, axis).double() for p in (ours, theirs))
         error, limit = relative_error(a, b), 3e-2 if bits == 2 else 1e-2  # few codes next to a tie differ by one
-        what = f"compress {layout} {axis} D{dim} {bits} bit g{g} {str(dtype)[6:]}"
+        what = f"compress {layout} {axis} D{dim} {bits} bit g{g} metadata {metadata_bits} {str(dtype)[6:]}"
         rows.append(dict(what=what, error=error, limit=limit, ok=error <= limit))
     return rows
 

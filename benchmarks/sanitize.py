@@ -45,9 +45,12 @@ ATTEND = [
     dict(dim=128, group=16, axis="channel", bits=8, new=3),
     dict(dim=128, tier=False),
     dict(dim=128, group=64, axis="channel", rotate=False, important_bits=4),
+    dict(metadata_bits=8, noise=1 / 24, group=128),
+    dict(dim=64, metadata_bits=8, noise=1 / 24, group=128),
+    dict(dim=80, metadata_bits=8, group=16, bits=4, axis="channel"),
 ]
 """Head dimensions with and without padding, one and two sides, each width of codes, groups along tokens and channels, no tier,
-an important one."""
+an important one, metadata of 8 bits."""
 
 
 def counters(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,7 +59,7 @@ def counters(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def attend(
     dim=128, dtype=torch.bfloat16, bits=2, group=64, axis="token", heads=8, new=1, rotate=True, tier=True,
-    important_bits=0,
+    important_bits=0, metadata_bits=16, noise=0.0,
 ) -> None:  # fmt: skip
     """Two ragged rows, of which the second has no block in its tier."""
     batch, kv_heads, blocks, length = 2, 2, 2, 1000
@@ -70,7 +73,7 @@ def attend(
         return [
             compress_triton(
                 x, None, 0, tokens, blocks, bits, g, a, layout, rotation, counted=counters(x),
-                balancer=balancer if layout == "key" else None,
+                balancer=balancer if layout == "key" else None, metadata_bits=metadata_bits,
             )  # fmt: skip
             for layout, g, a in (("key", k_group, axis), ("value", value_group(group, dim), "channel"))
         ]
@@ -84,7 +87,7 @@ def attend(
     q, k, v = (torch.randn(batch, h, new, dim, device=DEVICE).to(dtype) for h in (heads, kv_heads, kv_heads))
     k_tier, v_tier = tiers if tier else (None, None)
     attend_triton(q, k, v, k_tier, v_tier, *dense, state, length, dim**-0.5, bits, k_group, axis,
-                  value_group(group, dim), rotation if tier else None, balancer, important)  # fmt: skip
+                  value_group(group, dim), rotation if tier else None, balancer, important, noise)  # fmt: skip
 
 
 def compress(dim: int, dtype: torch.dtype, layout: str, group: int, rotate: bool) -> None:

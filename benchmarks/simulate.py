@@ -30,7 +30,7 @@ from minikv_compile.config import MiniKVConfig
 from minikv_compile.evaluate import PLACES
 from minikv_compile.haystack import held_out_ids
 from minikv_compile.kernels.important import distance_from_mean, stored_order
-from minikv_compile.kernels.packing import BLOCK
+from minikv_compile.kernels.packing import BLOCK, metadata, quantize
 from minikv_compile.kernels.prefill import causal_attention_lse
 from minikv_compile.kernels.scores import column_scores
 from minikv_compile.kernels.select import highest
@@ -154,9 +154,11 @@ def with_feedback(prompt: Prompt, config: MiniKVConfig, plain: Tensor) -> Tensor
     counts = torch.full((layers,), count, dtype=torch.int32, device=plain.device)
     places = stored_order(apart, counts, n, config.sinks)[..., pinned : pinned + packed]
     places = places[..., None].expand(-1, -1, -1, dim)
-    x = (prompt.keys.gather(2, places).float() @ rotation).unflatten(2, (-1, config.group))
-    low, high = x.amin(3, keepdim=True), x.amax(3, keepdim=True)
-    zero, step = low.bfloat16().float(), ((high - low) / (2**config.bits - 1)).bfloat16().float()
+    x = prompt.keys.gather(2, places).float() @ rotation
+    clip = config.clip_of(config.bits)
+    _, *stored = quantize(x.unflatten(2, (-1, BLOCK)), config.bits, config.group, "token", clip, config.metadata_bits)
+    step, zero = (meta.flatten(2, 3).unsqueeze(3) for meta in metadata(*stored, config.bits))
+    x = x.unflatten(2, (-1, config.group))
     queries = prompt.queries.float().unflatten(1, (heads, -1)).flatten(2, 3)
     moments = rotation.T @ (queries.mT @ queries / queries.shape[2]) @ rotation
     moments.diagonal(dim1=-2, dim2=-1).add_(moments.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True), alpha=0.01)

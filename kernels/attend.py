@@ -13,7 +13,7 @@ from .attention import _split_kernel
 from .compress import Packed
 from .jit import check_dtype, check_head_dim, dot_precision, operand_dtype, unit_last
 from .merge import _merge_kernel
-from .packing import BLOCK, WORD_BITS, GroupAxis, value_chunks, words
+from .packing import BLOCK, MOST_NOISE, WORD_BITS, GroupAxis, metadata, value_chunks, words
 from .prepare import _prepare_kernel
 from .products import DEQUANTIZED, Products
 from .state import COLUMNS, IN_IMPORTANT, IN_TIER, NO_OFFSET, OFFSET
@@ -63,6 +63,7 @@ def attend_reference(
     rotation: Tensor | None,
     balancer: Tensor | None = None,
     important: Important | None = None,
+    noise: float = 0.0,
     products: Products = DEQUANTIZED,
 ) -> Tensor:
     """Attention of the newest `n` tokens of each row, causal among themselves, in plain PyTorch.
@@ -78,6 +79,8 @@ def attend_reference(
         rotation: orthogonal [head_dim, head_dim], or None.
         balancer: fp32 [batch, kv_heads, head_dim], positive: by what the keys in tiers were multiplied; or None.
         important: another tier, of row b's `state[b, IN_IMPORTANT]` tokens, beside the first; or None.
+        noise: a tier's logits are less by so many times the sum of squares of `scale * q * step`, over channels, but by no more
+            than `MOST_NOISE`. Of keys grouped along tokens.
         products: with the tiers.
 
     Returns:
@@ -94,12 +97,18 @@ def attend_reference(
         tiers.append((important.keys, important.values, important.bits, IN_IMPORTANT))
     in_tier = [torch.arange(t[1][0].shape[2] * BLOCK, device=q.device) < state[:, t[-1], None] for t in tiers]
     logits = [products.keys(stored, keys, width, k_group, k_axis) for keys, _, width, _ in tiers]
+    logits = [x * scale for x in logits]
+    if noise and k_axis == "token":
+        steps = [metadata(*keys[1:], width)[0].flatten(2, 3) for keys, _, width, _ in tiers]
+        noises = [noise * ((scale * stored).square() @ step.square().mT) for step in steps]
+        noises = [x.clamp(max=MOST_NOISE).repeat_interleave(k_group, -1) for x in noises]
+        logits = [x - y for x, y in zip(logits, noises, strict=True)]
 
     ages = torch.arange(n - 1, -1, -1, device=q.device)  # how many new tokens are newer than query i
     seen = length - state[:, OFFSET, None] - ages  # [batch, n] dense tokens that query i sees
     in_dense = torch.arange(k_dense.shape[2], device=q.device) < seen[..., None]  # [batch, n, dense]
     valid = torch.cat([*(part[:, None].expand(-1, n, -1) for part in in_tier), in_dense], -1)[:, None, None]
-    logits = torch.cat([*logits, query @ k_dense.float().transpose(-1, -2)], -1) * scale
+    logits = torch.cat([*logits, query @ k_dense.float().transpose(-1, -2) * scale], -1)
     logits = logits.view(batch, kv_heads, heads // kv_heads, n, -1).masked_fill(~valid, -torch.inf)
     probs = logits.softmax(-1).view(batch, kv_heads, heads // kv_heads * n, -1)
 
@@ -125,7 +134,7 @@ def _device_properties(device: torch.device) -> tuple[int, bool]:
 
 
 def block_bytes(dim: int, bits: int, k_group: int, v_group: int) -> float:
-    """Of one tier block, keys and values."""
+    """Of one tier block, keys and values, with 16 bits of metadata; with 8, two loads of a scale make nearly as many."""
     return BLOCK * dim * (bits / 4 + 4 / k_group + 4 / v_group)
 
 
@@ -178,7 +187,7 @@ class Launches:
 def launches(
     batch: int, heads: int, n: int, dim: int, kv_heads: int, dtype: torch.dtype, tier: bool, bits: int, k_group: int,
     k_axis: GroupAxis, v_group: int, rotate: bool, device: torch.device, tuning: AttendTuning | None = None,
-    balance: bool = False, important: bool = False,
+    balance: bool = False, important: bool = False, noise: float = 0.0,
 ) -> Launches:  # fmt: skip
     """The launches for so many queries; `tier`, `important`: whether there is one, and a second."""
     padded, ratio = triton.next_power_of_2(dim), heads // kv_heads
@@ -204,7 +213,7 @@ def launches(
         prepare=dict(ROWS=16, COLUMNS=min(padded, tuning.prepare_columns), ROTATE=rotate, BALANCE=balance),
         split=dict(BITS=bits, K_GROUP=k_group, K_TOKEN_AXIS=k_axis == "token", V_GROUP=v_group, WORDS=words(bits),
                    SLICES=WORD_BITS // bits, CHUNKS=tuple(value_chunks(dim)), SIDES=sides,
-                   DENSE_OPERAND=operand_dtype(dtype), PRECISION=dot_precision(dtype)),
+                   DENSE_OPERAND=operand_dtype(dtype), PRECISION=dot_precision(dtype), NOISE=noise),
         merge=dict(HAS_IMPORTANT=important, MERGED=merged, COLUMNS=min(padded, columns), STEP=step, ROTATE=rotate),
         stages=tuning.stages, registers=tuning.registers, pdl=pdl,
     )  # fmt: skip
@@ -228,6 +237,7 @@ def attend_triton(
     rotation: Tensor | None,
     balancer: Tensor | None = None,
     important: Important | None = None,
+    noise: float = 0.0,
     tuning: AttendTuning | None = None,
 ) -> Tensor:
     """`attend` as Triton kernels, in three launches; four with an important tier. Nothing that it does on the host depends
@@ -248,7 +258,7 @@ def attend_triton(
     def launches_of(width: int) -> Launches:
         return launches(
             batch, heads, n, dim, kv_heads, q.dtype, bool(tier), width, k_group, k_axis, v_group, rotate, q.device, tuning,
-            balancer is not None, important is not None,
+            balancer is not None, important is not None, noise,
         )  # fmt: skip
 
     to = launches_of(bits)
@@ -306,6 +316,7 @@ def attend(
     rotation: Tensor | None,
     balancer: Tensor | None = None,
     important: Important | None = None,
+    noise: float = 0.0,
 ) -> Tensor:
     """Append the new tokens to the dense regions, in place, and attend from them over the tier and the dense region.
 
@@ -320,11 +331,11 @@ def attend(
     if q.is_cuda:
         return attend_triton(
             q, k_new, v_new, k_tier, v_tier, k_dense, v_dense, state, length, scale, bits, k_group, k_axis, v_group,
-            rotation, balancer, important,
+            rotation, balancer, important, noise,
         )  # fmt: skip
     append(k_dense, k_new, state, length)
     append(v_dense, v_new, state, length)
     return attend_reference(
         q, k_tier, v_tier, k_dense, v_dense, state, length, scale, bits, k_group, k_axis, v_group, rotation,
-        balancer, important,
+        balancer, important, noise,
     )  # fmt: skip

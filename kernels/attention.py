@@ -103,7 +103,7 @@ def _split_kernel(
     ROWS: tl.constexpr, TILES: tl.constexpr, BATCH: tl.constexpr, UNIT: tl.constexpr, HAS_TIER: tl.constexpr,
     BITS: tl.constexpr, K_GROUP: tl.constexpr, K_TOKEN_AXIS: tl.constexpr, V_GROUP: tl.constexpr, BLOCK: tl.constexpr,
     WORDS: tl.constexpr, SLICES: tl.constexpr, CHUNKS: tl.constexpr, SIDES: tl.constexpr, DENSE_OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, NOISE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one share of the units, item by item.
 
@@ -174,6 +174,6 @@ def _split_kernel(
                     Q_TIER + tier_q.to(tl.int64) * DP, tier_real, tl.load(FACTOR + tier_q, mask=tier_real, other=0.0),
                     K_CODES, K_SCALE, K_ZERO, V_CODES, V_SCALE, V_ZERO, tier_part, pair.to(tl.int64) * capacity,
                     tl.maximum(first - dense_units, 0), stop - dense_units, RATIO * NEW - item % TILES * ROWS,
-                    D, DP, ROWS, SIDES, BITS, K_GROUP, K_TOKEN_AXIS, V_GROUP, BLOCK, WORDS, SLICES, CHUNKS,
+                    D, DP, ROWS, SIDES, BITS, K_GROUP, K_TOKEN_AXIS, V_GROUP, BLOCK, WORDS, SLICES, CHUNKS, NOISE,
                     Q_TIER.dtype.element_ty == tl.float32,
                 )  # fmt: skip

@@ -10,17 +10,35 @@ import triton.language as tl
 from torch import Tensor
 
 from .jit import (
+    FP16_MAX,
     INTERPRET,
+    ZERO_AT,
+    ZERO_MOST,
+    byte_scale,
     check_dtype,
     check_head_dim,
     dot_precision,
     operand_dtype,
     round_to,
+    scale_byte,
     to_fp32,
     to_operand,
     unit_last,
+    zero_parts,
 )
-from .packing import BLOCK, MAX_CHUNK, WORD_BITS, GroupAxis, Layout, metadata_dtype, pack, quantize, value_chunks, words
+from .packing import (
+    BLOCK,
+    MAX_CHUNK,
+    WORD_BITS,
+    GroupAxis,
+    Layout,
+    largest_metadata,
+    metadata_dtype,
+    pack,
+    quantize,
+    value_chunks,
+    words,
+)
 from .tuning import CompressTuning, compress_tuning
 
 Packed = tuple[Tensor, Tensor, Tensor]
@@ -66,6 +84,7 @@ def compress_reference(
     clip: float = 1.0,
     counted: Counted | None = None,
     balancer: Tensor | None = None,
+    metadata_bits: int = 16,
 ) -> Packed:
     """Pack tokens `start[b] ... start[b] + tokens[b] - 1` of row b, in plain PyTorch.
 
@@ -77,7 +96,7 @@ def compress_reference(
         blocks: capacity in blocks. What lies past a row's tokens is zero.
         rotation: orthogonal fp32 [head_dim, head_dim], applied before quantizing, or None. Its columns hold one number,
             that number's negative, and 0 (Hadamard matrices do).
-        clip: as in `packing.quantize`.
+        clip, metadata_bits: as in `packing.quantize`.
         counted: what counts the packed tokens that hold NaN or inf.
         balancer: fp32 [batch, kv_heads, head_dim], by which tokens are multiplied first (and rounded to the dtype of `x`),
             or None.
@@ -93,7 +112,7 @@ def compress_reference(
         picked = (picked.float() * balancer[:, :, None]).to(x.dtype)
     if rotation is not None:
         picked = (picked.float() @ rotation).to(x.dtype)
-    codes, scale, zero = quantize(picked.view(batch, heads, blocks, BLOCK, dim), bits, group, axis, clip)
+    codes, scale, zero = quantize(picked.view(batch, heads, blocks, BLOCK, dim), bits, group, axis, clip, metadata_bits)
     return pack(codes, bits, layout), scale, zero
 
 
@@ -121,6 +140,12 @@ def _quotient(x, divisor, inverse):
     else:
         guess = x * inverse
         return tl.fma(tl.fma(-guess, divisor, x), inverse, guess)
+
+
+@triton.jit
+def _rounded(x):
+    """To nearest, ties to even, |x| < 2**22."""
+    return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit
@@ -216,18 +241,33 @@ def pack_block(
         low += shrink
         high -= shrink
         TOP: tl.constexpr = 2**BITS - 1
-        zero = round_to(tl.minimum(tl.maximum(low, -LIMIT), LIMIT), ZERO.dtype.element_ty)
+        EIGHT: tl.constexpr = SCALE.dtype.element_ty == tl.uint8
         span = _quotient(high, TOP, 1 / TOP) - _quotient(low, TOP, 1 / TOP)
-        scale = round_to(tl.minimum(span, LIMIT), SCALE.dtype.element_ty)
-
-        step = to_fp32(scale)
+        low = tl.minimum(tl.maximum(low, -LIMIT), LIMIT)
+        if EIGHT:
+            FURTHEST: tl.constexpr = ZERO_MOST / zero_parts(BITS)
+            span = tl.maximum(span, _quotient(tl.abs(low), FURTHEST, 1 / FURTHEST))
+            scale = scale_byte(tl.minimum(span, LIMIT))
+            step = to_fp32(byte_scale(scale))
+        else:
+            scale = round_to(tl.minimum(span, LIMIT), SCALE.dtype.element_ty)
+            step = to_fp32(scale)
         usable = step > 0
         # 1 / step must not overflow.
         factor = tl.where(step < 2.0**-60, 2.0**64, 1.0)
         step = tl.where(usable, step * factor, 1.0)
         inverse = 1.0 / step
         inverse = tl.fma(tl.fma(-inverse, step, 1.0), inverse, inverse)
-        base = _quotient(to_fp32(zero) * factor, step, inverse)
+        if EIGHT:
+            PARTS: tl.constexpr = zero_parts(BITS)
+            furthest = _rounded(tl.minimum(factor * inverse * (FP16_MAX * PARTS) - 0.5, 127.0))  # so that no zero overflows fp16
+            away = tl.where(usable, _quotient(low * factor, step, inverse), 0.0) * PARTS
+            away = tl.minimum(tl.maximum(_rounded(away), -furthest), furthest)
+            base = away * (1 / PARTS)
+            zero = (away + ZERO_AT).to(tl.uint8)
+        else:
+            zero = round_to(low, ZERO.dtype.element_ty)
+            base = _quotient(to_fp32(zero) * factor, step, inverse)
         position = _quotient(values * factor, step, inverse) - base
         position = tl.where(finite, position, tl.where(values > 0, TOP * 1.0, 0.0))
         position = tl.where(usable, tl.minimum(tl.maximum(position, 0.0), TOP * 1.0), 0.0)
@@ -290,14 +330,14 @@ def _compress_kernel(
 
 def empty_packed(
     batch: int, heads: int, blocks: int, dim: int, bits: int, group: int, axis: GroupAxis, layout: Layout,
-    dtype: torch.dtype, device: torch.device,
+    dtype: torch.dtype, device: torch.device, metadata_bits: int = 16,
 ) -> Packed:  # fmt: skip
     """Uninitialised codes, scale and zero for tensors of `dtype`."""
     lead = (batch, heads, blocks)
     code_shape = (words(bits), dim) if layout == "key" else (dim, words(bits))
     meta_shape = (BLOCK // group, dim) if axis == "token" else (dim // group, BLOCK)
     codes = torch.empty(*lead, *code_shape, dtype=torch.int16, device=device)
-    scale = torch.empty(*lead, *meta_shape, dtype=metadata_dtype(dtype), device=device)
+    scale = torch.empty(*lead, *meta_shape, dtype=metadata_dtype(dtype, bits, metadata_bits), device=device)
     return codes, scale, torch.empty_like(scale)
 
 
@@ -336,6 +376,7 @@ def compress_triton(
     clip: float = 1.0,
     counted: Counted | None = None,
     balancer: Tensor | None = None,
+    metadata_bits: int = 16,
     tuning: CompressTuning | None = None,
 ) -> Packed:
     """`compress` as a Triton kernel: one launch, or two for a head dimension that is no power of two."""
@@ -344,7 +385,7 @@ def compress_triton(
     x = unit_last(x)
     batch, heads, seq, dim = x.shape
     tuning = tuning or compress_tuning(x.element_size())
-    out = empty_packed(batch, heads, blocks, dim, bits, group, axis, layout, x.dtype, x.device)
+    out = empty_packed(batch, heads, blocks, dim, bits, group, axis, layout, x.dtype, x.device, metadata_bits)
     padded = triton.next_power_of_2(dim)
     signs, sizes = (x, x) if rotation is None else _signs(rotation, x.dtype)
     seen, count = (tokens, tokens) if counted is None else counted
@@ -358,7 +399,7 @@ def compress_triton(
             HEADS=heads, D=dim, DP=padded, FIRST_CHANNEL=first, CHANNELS=channels, STEP=min(padded, tuning.contracted),
             BITS=bits, GROUP=group, TOKEN_AXIS=axis == "token", KEY_LAYOUT=layout == "key", HAS_INDEX=index is not None,
             ROTATE=rotation is not None, BALANCE=balancer is not None, COUNTED=counted is not None,
-            LIMIT=torch.finfo(out[1].dtype).max, BLOCK=BLOCK, SLICES=WORD_BITS // bits, OPERAND=operand_dtype(x.dtype),
+            LIMIT=largest_metadata(out[1].dtype), BLOCK=BLOCK, SLICES=WORD_BITS // bits, OPERAND=operand_dtype(x.dtype),
             PRECISION=dot_precision(x.dtype), num_warps=tuning.warps, num_stages=1, maxnreg=tuning.registers,
         )  # fmt: skip
     return out
@@ -378,6 +419,7 @@ def compress(
     clip: float = 1.0,
     counted: Counted | None = None,
     balancer: Tensor | None = None,
+    metadata_bits: int = 16,
 ) -> Packed:
     """Gather, balance, rotate, quantize and pack; arguments and result as in `compress_reference`.
 
@@ -387,7 +429,7 @@ def compress(
     """
     run = compress_triton if x.is_cuda else compress_reference
     return run(
-        x, index, start, tokens, blocks, bits, group, axis, layout, rotation, clip, counted, balancer
+        x, index, start, tokens, blocks, bits, group, axis, layout, rotation, clip, counted, balancer, metadata_bits
     )
 
 

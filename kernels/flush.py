@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .compress import _launches, _signs, compress_reference, pack_block
 from .jit import dot_precision, operand_dtype
-from .packing import BLOCK, WORD_BITS, GroupAxis
+from .packing import BLOCK, WORD_BITS, GroupAxis, largest_metadata
 from .state import IN_TIER, NOT_FINITE, OFFSET, PINNED, STATE_COLUMNS
 from .tuning import compress_tuning
 
@@ -113,7 +113,7 @@ def flush_reference(
             seen = torch.zeros(dense.shape[0], dense.shape[2], dtype=torch.int32, device=dense.device)
             packed = compress_reference(
                 dense, None, plan[3], plan[0], blocks, bits, group, axis, layout, rotation, clip,
-                (seen, state[:, NOT_FINITE]), balancer if balanced and layout == "key" else None,
+                (seen, state[:, NOT_FINITE]), balancer if balanced and layout == "key" else None, 8 * tier[1].itemsize,
             )  # fmt: skip
             for row, (tokens, first, *_) in enumerate(plan.T.tolist()):
                 for target, source in zip(tier, packed, strict=True):
@@ -255,7 +255,7 @@ def flush_triton(
                 FIELDS=FIELDS, VALUE=_element(dense), META=_element(scale), HEADS=heads, D=dim, DP=padded,
                 CHANNEL=chunk[0], CHANNELS=chunk[1], LAST=chunk == chunks[-1], STEP=min(padded, tuning.contracted),
                 BITS=bits, GROUP=groups[i], TOKEN_AXIS=axes[i] == "token", KEY_LAYOUT=layout == "key",
-                ROTATE=rotation is not None, BALANCE=balanced and layout == "key", LIMIT=torch.finfo(scale.dtype).max,
+                ROTATE=rotation is not None, BALANCE=balanced and layout == "key", LIMIT=largest_metadata(scale.dtype),
                 BLOCK=BLOCK, SLICES=WORD_BITS // bits, OPERAND=operand_dtype(dense.dtype),
                 PRECISION=dot_precision(dense.dtype), PART=PART, num_warps=tuning.warps, num_stages=1,
                 maxnreg=tuning.registers,
@@ -264,7 +264,9 @@ def flush_triton(
 
 
 def _element(x: Tensor) -> tl.dtype:
-    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[x.dtype]
+    return {
+        torch.uint8: tl.uint8, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32
+    }[x.dtype]  # fmt: skip
 
 
 def flush(keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]], *arguments, counted: int, keep: bool) -> Tensor:

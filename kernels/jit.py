@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import packing
+
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 """Triton's interpreter runs the kernels (`TRITON_INTERPRET=1`): no inline assembly, and no arithmetic on bf16."""
 
@@ -124,7 +126,7 @@ _PRODUCTS = tl.constexpr("{ .reg .b32 p; mov.b32 p, {$2, $3}; mul.rn.f16x2 p, p,
 
 
 @triton.jit
-def _first(a, b):
+def first(a, b):
     return a
 
 
@@ -150,7 +152,7 @@ def times_scale(even, odd, scale, weight):
             _pair_asm(scale.dtype == tl.bfloat16), "=r,r,r,f", [scale_even, scale_odd, weight], dtype=tl.int32,
             is_pure=False, pack=1,
         )  # fmt: skip
-        pair = tl.reduce(pair[:, :, None], 2, _first)
+        pair = tl.reduce(pair[:, :, None], 2, first)
         even_rows, odd_rows = tl.inline_asm_elementwise(
             _PRODUCTS, "=h,=h,h,h,r", [even_rows, odd_rows, pair[:, None, :]], dtype=(tl.float16, tl.float16),
             is_pure=True, pack=1,
@@ -179,6 +181,85 @@ def round_to(x, DTYPE: tl.constexpr):
         return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(DTYPE)
+
+
+MOST_NOISE = tl.constexpr(packing.MOST_NOISE)
+ZERO_AT = tl.constexpr(packing.ZERO_AT)
+ZERO_MOST = tl.constexpr(packing.ZERO_MOST)
+
+
+@triton.constexpr_function
+def zero_parts(bits):
+    """As in `packing`: Triton takes no other functions."""
+    return 2.0 ** (5 - bits)
+
+
+@triton.jit
+def scale_byte(x):
+    """fp32 -> uint8, as `packing` stores scales."""
+    byte = (x.to(tl.float16).to(tl.int16, bitcast=True) + 64) >> 7
+    return tl.maximum(byte, (x > 0).to(tl.int16)).to(tl.uint8)
+
+
+@triton.jit
+def byte_scale(x):
+    """uint8 -> fp16, the inverse."""
+    return (x.to(tl.int16) << 7).to(tl.float16, bitcast=True)
+
+
+_SCALES_ASM = tl.constexpr(
+    "{ .reg .b32 s; prmt.b32 s, $2, 0, 0x1404; shr.u32 $0, s, 1; prmt.b32 s, $2, 0, 0x3424; shr.u32 $1, s, 1; }"
+)
+"""Four bytes to the numbers whose upper bytes, but for their signs, they are."""
+
+
+@triton.constexpr_function
+def _zeros_asm(bits):
+    # A byte in the low bits of 2**(5 + bits) counts parts of a step; subtracted is what ZERO_AT of them make of it.
+    base, minus = 20 + bits << 2, 0x8080 | 20 + bits << 10
+    one_pair = (
+        "prmt.b32 s, $2, 0, %s; shr.u32 s, s, 1; prmt.b32 z, $3, " + str(base) + ", %s;"
+        "add.rn.f16x2 z, z, m; mul.rn.f16x2 %s, z, s;"
+    )
+    both = one_pair % ("0x1404", "0x4140", "$0") + one_pair % ("0x3424", "0x4342", "$1")
+    return f"{{ .reg .b32 s, z, m; mov.b32 m, {minus << 16 | minus}; {both} }}"
+
+
+@triton.jit
+def stored_scale(scale):
+    """Scales as they were loaded, but bytes as fp16."""
+    if scale.dtype != tl.uint8:
+        return scale
+    elif INTERPRET:
+        return byte_scale(scale)
+    else:
+        return tl.inline_asm_elementwise(_SCALES_ASM, "=&r,=r,r", [scale], dtype=tl.float16, is_pure=False, pack=4)
+
+
+@triton.jit
+def stored_zero(zero, scale, BITS: tl.constexpr):
+    """Zeros as they were loaded, but bytes, with the scales that stand beside them, as fp16, exactly."""
+    if zero.dtype != tl.uint8:
+        return zero
+    elif INTERPRET:
+        return byte_scale(scale) * ((zero.to(tl.float32) - ZERO_AT) / zero_parts(BITS)).to(tl.float16)
+    else:
+        return tl.inline_asm_elementwise(
+            _zeros_asm(BITS), "=&r,=&r,r,r", [scale, zero], dtype=tl.float16, is_pure=False, pack=4
+        )
+
+
+@triton.jit
+def ones_but(x, rows):
+    """`x` [R, T], fp16, with ones in all but these rows."""
+    if INTERPRET:
+        return tl.where(rows[:, None], x, 1.0)
+    else:
+        kept = tl.where(rows, -1, 0)[:, None]
+        one = tl.where(rows, 0, 0x3C003C00)[:, None]
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $4, 0xEA;", "=r,r,r,r,r,r", [x, kept, one], dtype=tl.float16, is_pure=True, pack=2
+        )
 
 
 @triton.jit

@@ -21,6 +21,12 @@ A group of `group` values shares one scale and one zero. Its values lie along to
 
     token    scale, zero [..., blocks, BLOCK / group, head_dim]
     channel  scale, zero [..., blocks, head_dim / group, BLOCK]
+
+A scale and a zero have 16 bits each, or 8: then a scale is the upper byte of a positive fp16 number without its sign, five
+bits of exponent and three of mantissa, and a zero counts parts of a step, `scale * (byte - 128) / zero_parts(bits)`. Codes
+are fitted to both as stored, and few of them fit a bell curve no worse for a range that is a few percent off: the error of
+Gaussian values at 2 bits grows by 0.1 to 0.3%. Steps are from 2**-17 to 61440. Where values lie further than 15 steps from zero
+(60 at 4 bits), the step is larger than their range asks for: at 2 bits, from means of about 20 standard deviations on.
 """
 
 from __future__ import annotations
@@ -47,9 +53,47 @@ def words(bits: int) -> int:
     return BLOCK * bits // WORD_BITS
 
 
-def metadata_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of scales and zeros: 16 bits, with at least the range of `dtype`, so that none can overflow."""
+def metadata_dtype(dtype: torch.dtype, bits: int, metadata_bits: int = 16) -> torch.dtype:
+    """The dtype of scales and zeros: uint8, or of 16 bits with at least the range of `dtype`, so that none can overflow.
+    8-bit codes, which a range a few percent off would hurt, always have the latter."""
+    if metadata_bits == 8 and bits < 8:
+        return torch.uint8
     return torch.float16 if dtype == torch.float16 else torch.bfloat16
+
+
+FP16_MAX = 65504.0
+ZERO_AT = 128
+"""The byte that is a zero of 0."""
+
+MOST_NOISE = 2.0
+"""Nats, at most, that are taken off a logit for the noise in it. More than that is none: a mean far from zero makes a step of 8-bit
+metadata larger than the errors are."""
+
+ZERO_MOST = 119
+"""Parts of a step that a zero may be away from 0 before its scale is rounded, to nearest; after, it may be 127."""
+
+
+def zero_parts(bits: int) -> float:
+    """Parts of a step that zeros of 8 bits count."""
+    return 2.0 ** (5 - bits)
+
+
+def largest_metadata(dtype: torch.dtype) -> float:
+    """Of scales, and of zeros before they are rounded, stored in `dtype`."""
+    return 61440.0 if dtype == torch.uint8 else torch.finfo(dtype).max
+
+
+def _scale_byte(scale: Tensor) -> Tensor:
+    """No step becomes 0: in it, a mean is kept."""
+    return torch.maximum((scale.half().view(torch.int16) + 64) >> 7, (scale > 0).to(torch.int16)).to(torch.uint8)
+
+
+def metadata(scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Stored scales and zeros as fp32."""
+    if scale.dtype != torch.uint8:
+        return scale.float(), zero.float()
+    scale = (scale.to(torch.int16) << 7).view(torch.float16).float()
+    return scale, scale * ((zero.float() - ZERO_AT) / zero_parts(bits))
 
 
 def value_group(group: int, head_dim: int) -> int:
@@ -85,7 +129,7 @@ def _stored(meta: Tensor, axis: GroupAxis) -> Tensor:
 
 
 def quantize(
-    x: Tensor, bits: int, group: int, axis: GroupAxis, clip: float = 1.0
+    x: Tensor, bits: int, group: int, axis: GroupAxis, clip: float = 1.0, metadata_bits: int = 16
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Asymmetric min/max quantization of whole blocks.
 
@@ -94,13 +138,14 @@ def quantize(
             range: inf takes the last code, -inf and NaN the first.
         clip: the share of a group's range that its codes span, about its middle; what lies outside takes the nearest
             code. Below 1 it trades the largest values' error for everyone's: few codes fit a bell curve better so.
+        metadata_bits: of a scale, and of a zero: 16, or 8 (`metadata_dtype`).
 
     Returns:
         codes: int32 [..., blocks, BLOCK, head_dim], fitted to scale and zero *as stored*, so that their rounding adds
             no second error.
         scale, zero: [..., blocks, BLOCK / group, head_dim] or [..., blocks, head_dim / group, BLOCK].
     """
-    dtype = metadata_dtype(x.dtype)
+    dtype = metadata_dtype(x.dtype, bits, metadata_bits)
     dim = -2 if axis == "token" else -1
     top = 2**bits - 1
     values = _grouped(x.float(), group, axis)
@@ -112,23 +157,35 @@ def quantize(
     inset = (1 - clip) / 2
     shrink = high * inset - low * inset
     low, high = low + shrink, high - shrink
-    limit = torch.finfo(dtype).max
-    zero = low.clamp(-limit, limit).to(dtype)
     # high - low could overflow fp32, the difference of the quotients cannot.
-    scale = (high / top - low / top).clamp(max=limit).to(dtype)
-    step, base = scale.float().unsqueeze(dim), zero.float().unsqueeze(dim)
+    scale = high / top - low / top
+    most = largest_metadata(dtype)
+    zero = low.clamp(-most, most)
+    if dtype == torch.uint8:
+        parts = zero_parts(bits)
+        scale = _scale_byte(torch.maximum(scale, zero.abs() / (ZERO_MOST / parts)).clamp(max=most))
+        step = metadata(scale, scale, bits)[0]
+        step = torch.where(step > 0, step, 1.0)
+        furthest = (FP16_MAX * parts / step - 0.5).round().clamp(max=127)  # so that no zero overflows fp16
+        zero = (zero / step * parts).round().clamp(-furthest, furthest)
+        zero = (zero + ZERO_AT).to(torch.uint8)
+    else:
+        zero = zero.to(dtype)
+        scale = scale.clamp(max=most).to(dtype)
+    step, base = (meta.unsqueeze(dim) for meta in metadata(scale, zero, bits))
     position = (values / torch.where(step > 0, step, 1.0) - base / torch.where(step > 0, step, 1.0)).nan_to_num(0.0)
     codes = torch.where(step > 0, position.round().clamp(0, top), 0.0)
     return codes.to(torch.int32).reshape(x.shape), _stored(scale, axis), _stored(zero, axis)
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, group: int, axis: GroupAxis) -> Tensor:
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int, axis: GroupAxis) -> Tensor:
     """The inverse of `quantize`: float32 [..., blocks, BLOCK, head_dim]."""
+    scale, zero = metadata(scale, zero, bits)
     if axis == "channel":
         scale, zero = scale.transpose(-1, -2), zero.transpose(-1, -2)
     dim = -2 if axis == "token" else -1
     # In halves: near the top of the range, code * scale alone would overflow.
-    half_scale, half_zero = (meta.float().unsqueeze(dim) / 2 for meta in (scale, zero))
+    half_scale, half_zero = (meta.unsqueeze(dim) / 2 for meta in (scale, zero))
     halves = _grouped(codes.float(), group, axis) * half_scale + half_zero
     limit = torch.finfo(torch.float32).max / 2
     return (halves.clamp(-limit, limit) * 2).reshape(codes.shape)

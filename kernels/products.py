@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .compress import Packed
-from .packing import WORD_BITS, GroupAxis, dequantize, unpack, value_matrices
+from .packing import WORD_BITS, GroupAxis, dequantize, metadata, unpack, value_matrices
 
 
 class Products(NamedTuple):
@@ -31,12 +31,12 @@ class Products(NamedTuple):
 
 def _dequantized_keys(q: Tensor, keys: Packed, bits: int, group: int, axis: GroupAxis) -> Tensor:
     codes, scale, zero = keys
-    return q @ dequantize(unpack(codes, bits, "key"), scale, zero, group, axis).flatten(2, 3).transpose(-1, -2)
+    return q @ dequantize(unpack(codes, bits, "key"), scale, zero, bits, group, axis).flatten(2, 3).transpose(-1, -2)
 
 
 def _dequantized_values(p: Tensor, values: Packed, bits: int, group: int) -> Tensor:
     codes, scale, zero = values
-    return p @ dequantize(unpack(codes, bits, "value"), scale, zero, group, "channel").flatten(2, 3)
+    return p @ dequantize(unpack(codes, bits, "value"), scale, zero, bits, group, "channel").flatten(2, 3)
 
 
 def _contract(words: Tensor, bits: int, operand: Tensor) -> Tensor:
@@ -63,8 +63,8 @@ def _contract(words: Tensor, bits: int, operand: Tensor) -> Tensor:
 
 
 def _folded_keys(q: Tensor, keys: Packed, bits: int, group: int, axis: GroupAxis) -> Tensor:
-    words, *metadata = keys
-    scale, zero = (meta.float()[:, :, None] for meta in metadata)
+    words, *stored = keys
+    scale, zero = (meta[:, :, None] for meta in metadata(*stored, bits))
     if axis == "token":
         q = q[:, :, :, None, None]  # [batch, kv_heads, rows, 1, 1, head_dim]
         zeros = (q * zero).sum(-1).repeat_interleave(group, -1)
@@ -75,8 +75,8 @@ def _folded_keys(q: Tensor, keys: Packed, bits: int, group: int, axis: GroupAxis
 
 
 def _folded_values(p: Tensor, values: Packed, bits: int, group: int) -> Tensor:
-    words, *metadata = values
-    scale, zero = (meta.float()[:, :, None] for meta in metadata)
+    words, *stored = values
+    scale, zero = (meta[:, :, None] for meta in metadata(*stored, bits))
     p = p.unflatten(-1, (-1, 1, scale.shape[-1]))  # [batch, kv_heads, rows, blocks, 1, BLOCK]
     matrices = value_matrices(words, bits)
     slices = WORD_BITS // bits

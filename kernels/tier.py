@@ -7,17 +7,23 @@ import triton.language as tl
 
 from .jit import (
     CODE_EXPONENT,
+    LOG2E,
+    MOST_NOISE,
     code_position,
     codes_at,
     differ,
     entry,
     exp2i,
     exponent,
+    first,
     length_of,
     log2,
     next_power_of_2,
+    ones_but,
     pinned,
     rows_of,
+    stored_scale,
+    stored_zero,
     tile_rows,
     times_scale,
     to_fp16,
@@ -33,6 +39,9 @@ from .jit import (
 #   logit_t = sum_d q_d (s c + z)   groups along tokens:   = sum_d (q_d s_d) c_td + sum_d q_d z_d
 #                                   groups along channels: = sum_g s_tg (sum_{d in g} q_d c_td) + z_tg sum_{d in g} q_d
 #   out_d   = sum_t p_t (s c + z)   groups along channels: = sum_t (p_t s_tg) c_td + sum_t p_t z_tg
+#
+# and, where NOISE is not 0, each logit less NOISE * scale^2 sum_d (q_d s_d)^2 (`MiniKVConfig.noise_correction`), but no more than
+# MOST_NOISE.
 #
 # so that codes enter the matrix products as they are, and scales touch q and p only, which are far smaller. q comes
 # normalised to at most 1 by a power of two and p s is kept near 2**15, by the running exponent of s: fp16 operands
@@ -89,14 +98,43 @@ def _sides_added(x, SIDES: tl.constexpr):
 
 
 @triton.jit
+def _squares(tiles):
+    """The sum of squares of each column [R] of all tiles [T, R], by products with ones: of fp16 numbers, so that above 255 all
+    count as inf, or, in fp32, as 255."""
+    T: tl.constexpr = tiles[0].shape[0]
+    sums = tl.zeros([1, tiles[0].shape[1]], tl.float32)
+    for i in tl.static_range(len(tiles)):
+        x = tiles[i]
+        if x.dtype == tl.float32:
+            x = tl.minimum(tl.maximum(x, -255.0), 255.0)
+        sums = _dot_codes(tl.full([1, T], 1.0, tl.float16), x * x, sums)
+    return _row(sums, 0)
+
+
+@triton.jit
+def _key_scales(SCALE, channel, real, COPIES: tl.constexpr):
+    """fp16 [DP]. Rows of less than 128 bytes are loaded as COPIES of themselves: what is copied to shared memory while others
+    compute are four bytes of each thread, at least, and all else would be waited for."""
+    if COPIES == 1:
+        return to_fp16(stored_scale(tl.load(SCALE + channel, mask=real, other=0)))
+    else:
+        copy = tl.arange(0, COPIES)[:, None] * 0
+        scale = tl.load(SCALE + channel[None, :] + copy, mask=real[None, :], other=0)
+        return tl.reduce(stored_scale(scale), 0, first)
+
+
+@triton.jit
 def _logits_token_groups(
     q, CODES, SCALE, ZERO, factor, D: tl.constexpr, DP: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    NOISE: tl.constexpr,
 ):  # fmt: skip
     """Logits of one block, base 2: a tuple of tiles [TILE, ROWS], tokens of each side ascending. `q` is [DP, ROWS] for each
     side, with zeros in the columns of others."""
     SIDES: tl.constexpr = len(q)
     STEPS: tl.constexpr = SLICES // SIDES  # slices of a side
+    GROUPS: tl.constexpr = BLOCK // GROUP
+    COPIES: tl.constexpr = max(128 // DP, 1) if SCALE.dtype.element_ty == tl.uint8 else 1
     channel = tl.arange(0, DP)
     token = tl.arange(0, TILE)
     real = channel < D
@@ -104,12 +142,13 @@ def _logits_token_groups(
     for part in tl.static_range(WORDS // TILE):
         word_ptr = CODES + (part * TILE + token)[:, None] * D + channel[None, :]
         tiles = tiles + (tl.load(word_ptr, mask=real[None, :], other=0),)
-    zero_ptr = ZERO + tl.arange(0, BLOCK // GROUP)[:, None] * D + channel[None, :]
-    zero = to_fp16(tl.load(zero_ptr, mask=real[None, :], other=0.0))
-    offsets = _dot_codes(zero, q[0], tl.zeros([BLOCK // GROUP, ROWS], tl.float32)) * factor[None, :]
+    place = tl.minimum(tl.arange(0, max(GROUPS, COPIES)), GROUPS - 1)[:, None] * D + channel[None, :]
+    scale = tl.load(SCALE + place, mask=real[None, :], other=0)
+    zero = to_fp16(stored_zero(tl.load(ZERO + place, mask=real[None, :], other=0), scale, BITS))
+    offsets = _dot_codes(zero, q[0], tl.zeros([zero.shape[0], ROWS], tl.float32)) * factor[None, :]
     if SIDES > 1:  # the columns of the first side have them
-        of_rows = tl.broadcast_to(_sides_added(offsets, SIDES)[:, None, :], [BLOCK // GROUP, SIDES, ROWS // SIDES])
-        offsets = tl.reshape(of_rows, [BLOCK // GROUP, ROWS])
+        of_rows = tl.broadcast_to(_sides_added(offsets, SIDES)[:, None, :], [zero.shape[0], SIDES, ROWS // SIDES])
+        offsets = tl.reshape(of_rows, [zero.shape[0], ROWS])
     logits = ()
     for i in tl.static_range(STEPS):
         unit = factor * (2.0 ** (CODE_EXPONENT - code_position(i * BITS, BITS)))
@@ -122,10 +161,13 @@ def _logits_token_groups(
                 offset = _row(offsets, (i * WORDS + part * TILE) // GROUP)
                 for side in tl.static_range(SIDES):
                     group = ((side * STEPS + i) * WORDS + part * TILE) // GROUP
-                    scale = to_fp16(tl.load(SCALE + group * D + channel, mask=real, other=0.0))
+                    scale = _key_scales(SCALE + group * D, channel, real, COPIES)
                     folded = folded + (q[side] * scale.to(q[side].dtype)[:, None],)
                     if side > 0:
                         offset = tl.where(_side(ROWS, SIDES) == side, _row(offsets, group), offset)
+                if NOISE > 0:
+                    noise = _squares(folded) * (factor * factor) * (NOISE / LOG2E)
+                    offset -= tl.minimum(noise, MOST_NOISE * LOG2E)
             products = tl.zeros([TILE, ROWS], tl.float32)
             for side in tl.static_range(SIDES):
                 codes = codes_at(tiles[part], (side * STEPS + i) * BITS, BITS)
@@ -156,8 +198,9 @@ def _logits_channel_groups(
             products = _dot_codes(codes, q, tl.zeros([DP // GROUP, TILE, ROWS], tl.float32))
             products *= 2.0 ** (CODE_EXPONENT - code_position(i * BITS, BITS))
             place = group[:, None] * BLOCK + i * WORDS + part * TILE + token[None, :]
-            scale = to_fp32(tl.load(SCALE + place, mask=real[:, None], other=0.0))
-            zero = to_fp32(tl.load(ZERO + place, mask=real[:, None], other=0.0))
+            scale = tl.load(SCALE + place, mask=real[:, None], other=0)
+            zero = to_fp32(stored_zero(tl.load(ZERO + place, mask=real[:, None], other=0), scale, BITS))
+            scale = to_fp32(stored_scale(scale))
             parts = products * scale[:, :, None] + zero[:, :, None] * total[:, None, :]
             logits = logits + (tl.sum(parts, 0) * factor[None, :],)
     return logits
@@ -281,7 +324,7 @@ def attend_tier(
     q_ptr, real, factor, K_CODES, K_SCALE, K_ZERO, V_CODES, V_SCALE, V_ZERO, OUT, place, first, last, count,
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, SIDES: tl.constexpr, BITS: tl.constexpr,
     K_GROUP: tl.constexpr, K_TOKEN_AXIS: tl.constexpr, V_GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    WORDS: tl.constexpr, SLICES: tl.constexpr, CHUNKS: tl.constexpr, EXACT: tl.constexpr,
+    WORDS: tl.constexpr, SLICES: tl.constexpr, CHUNKS: tl.constexpr, NOISE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Blocks `first ... last - 1` of the tier that starts at block `place`; each in SIDES parts of its tokens, at once.
 
@@ -328,7 +371,7 @@ def attend_tier(
         k_zero = K_ZERO + at * K_META
         if K_TOKEN_AXIS:
             logits = _logits_token_groups(
-                q, k_codes, k_scale, k_zero, factor, D, DP, WORDS, K_TILE, BITS, K_GROUP, SLICES, ROWS, BLOCK
+                q, k_codes, k_scale, k_zero, factor, D, DP, WORDS, K_TILE, BITS, K_GROUP, SLICES, ROWS, BLOCK, NOISE
             )
         else:
             logits = _logits_channel_groups(
@@ -337,11 +380,14 @@ def attend_tier(
         v_scale = V_SCALE + at * (GROUPS * BLOCK) + token
         scales = ()
         for group in tl.static_range(GROUPS):
-            scales = scales + (tl.load(v_scale + group * BLOCK),)
+            scales = scales + (stored_scale(tl.load(v_scale + group * BLOCK)),)
 
-        z_place = z_row % GROUPS * BLOCK + z_row // GROUPS * (BLOCK // SIDES)
-        z_ptr = V_ZERO + at * (GROUPS * BLOCK) + z_place[:, None] + tl.arange(0, BLOCK // SIDES)[None, :]
-        z = tl.load(z_ptr, mask=(z_row < SIDES * GROUPS)[:, None], other=1.0)
+        z_group = tl.minimum(z_row, SIDES * GROUPS - 1)
+        z_place = z_group % GROUPS * BLOCK + z_group // GROUPS * (BLOCK // SIDES)
+        z_place = z_place[:, None] + tl.arange(0, BLOCK // SIDES)[None, :]
+        z = tl.load(V_ZERO + at * (GROUPS * BLOCK) + z_place)
+        z = to_fp16(stored_zero(z, tl.load(V_SCALE + at * (GROUPS * BLOCK) + z_place), BITS))
+        z = ones_but(z, z_row < SIDES * GROUPS)
 
         m_new = tl.maximum(m, tl.max(_largest(logits), 0))
         top = finite_max(m_new)
@@ -355,7 +401,7 @@ def attend_tier(
             p = tl.exp2(logits[i] - (top - P_EXPONENT)[None, :])
             probs = probs + (tl.trans(pinned(p)) if EXACT else transposed(p.to(tl.float16)),)
         even, odd = _halves(probs)
-        zeros = _dot_codes(to_fp16(z), _operand(even, odd), zeros * decay[None, :])
+        zeros = _dot_codes(z, _operand(even, odd), zeros * decay[None, :])
         weight = exp2i(-size + S_EXPONENT)
         v_words = V_CODES + at * (WORDS * D)
         loads = ()

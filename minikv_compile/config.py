@@ -8,25 +8,26 @@ import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import torch
+
 from .budget import LAYER_BUDGETS
-from .kernels.packing import BLOCK, value_group
+from .kernels.packing import BLOCK, metadata_dtype, value_group
 from .policy import KEEP_ALL, POLICIES, Policy, check_policy
 from .rotation import ROTATIONS
 
-MIKV = dict(
-    group=0.5, key_axis="channel", rotation="none", balancer="mikv", sinks=0, important=0.2, importance="heavy_hitter",
-)  # fmt: skip
+PLAIN = dict(clip=1.0, metadata_bits=16, noise_correction=False, rotation="none", sinks=0)
+"""Without what papers before us do not have."""
+MIKV = dict(PLAIN, group=0.5, key_axis="channel", balancer="mikv", important=0.2, importance="heavy_hitter")
 PRESETS: dict[str, dict] = {
     "default": {},
     "minikv": dict(
-        group=16, rotation="none", sinks=0, important=0, window=0, policy="heavy_hitter", heavy=0.25, recent=0.25,
-        layer_budget="pyramid",
+        PLAIN, group=16, important=0, window=0, policy="heavy_hitter", heavy=0.25, recent=0.25, layer_budget="pyramid",
     ),
     "mikv": MIKV,
-    "mikv4": {**MIKV, "important_bits": 4},
+    "mikv4": {**MIKV, "important_bits": 4, "metadata_bits": 8},
     "hybrid": dict(policy="key_outlier", heavy=0.5, recent=0.25, important=128),
     "small": dict(policy="key_outlier", heavy=0.5, recent=0.25, window=32),
-    "tiny": dict(policy="key_outlier", heavy=0.45, recent=0.05, important=32, window=32),
+    "tiny": dict(policy="key_outlier", heavy=0.45, recent=0.05, window=32),
     "lossless": dict(bits=16, rotation="none", sinks=0, important=0, window=0),
 }  # fmt: skip
 
@@ -58,9 +59,18 @@ class MiniKVConfig:
     key_axis: str = "token"
     """What a group of keys lies along: "token", so that its values are of one channel (KIVI), or "channel", so that they are
     of one token (MiKV)."""
-    clip: float = 1.0
-    """The share of a group's min-max range that its codes span, in (0, 1]. Less than 1 lowers the mean error, and so
-    far lost answers (docs/design.md)."""
+    clip: float | None = None
+    """The share of a group's min-max range that its codes span, in (0, 1]; None for 0.85 at 2 bits and 1 at more. Less than 1
+    lowers the error of most values for that of the largest: few codes fit a bell curve better so (docs/design.md)."""
+    metadata_bits: int = 8
+    """Bits of each scale, and of each zero: 8 or 16 (`kernels.packing`). Those of 8-bit codes always have 16. With 8, 2-bit codes
+    of channels whose mean is further from zero than about 20 standard deviations, after rotation, lose precision."""
+    noise_correction: bool = True
+    """Lower the logits of packed tokens by half the variance of their rounding errors, as that of a sum of errors that are
+    uniform within a step: `(logit scale)^2 / 24` times the sum of `(query * step)^2` over channels. Noise in a logit makes its
+    exponential larger on the mean, so that packed tokens would draw attention from the others. At most 2 nats; nothing is
+    stored for it. Only where `key_axis` is "token", in attention: what `.dequantize()` gives, and a model that goes on without
+    the backend, have none of it."""
     rotation: str = "hadamard"
     """Orthogonal rotation of the head dimension before quantizing: "none" or "hadamard" (QuaRot, arXiv 2404.00456)."""
     balancer: str = "none"
@@ -141,8 +151,11 @@ class MiniKVConfig:
         check(self.balancer in BALANCERS, "balancer", f"one of {', '.join(BALANCERS)}")
         check(count(self.important_bits) and self.important_bits in (4, 8, 16), "important_bits", "4, 8 or 16")
         check(
-            type(self.clip) in (int, float) and 0 < self.clip <= 1, "clip", "a share of the range in (0, 1]",
+            self.clip is None or type(self.clip) in (int, float) and 0 < self.clip <= 1,
+            "clip", "a share of the range in (0, 1], or None",
         )  # fmt: skip
+        check(count(self.metadata_bits) and self.metadata_bits in (8, 16), "metadata_bits", "8 or 16")
+        check(isinstance(self.noise_correction, bool), "noise_correction", "True or False")
         check(self.rotation in list(ROTATIONS), "rotation", f"one of {', '.join(ROTATIONS)}")
         for name in ("sinks", "window"):  # every row of every layer has room for them from the start
             ok = count(getattr(self, name)) and getattr(self, name) <= MAX_DENSE
@@ -209,16 +222,16 @@ class MiniKVConfig:
     def preset(cls, name: str, **changes: object) -> MiniKVConfig:
         """A named configuration, with `changes` to single fields.
 
-        - `default`: 2 bits, group 128, Hadamard; 4 sinks, 64 outliers and a window of 64 unquantized; nothing dropped.
-          About 17% of dense at 8K.
+        - `default`: 2 bits, group 128, 8-bit metadata, Hadamard, clipped, corrected for noise; 4 sinks, 64 outliers and a window
+          of 64 unquantized; nothing dropped. About 16% of dense at 8K.
         - `minikv`: the paper's arithmetic and budgets (MiniKV section 4): 2 bits, group 16, 25% heavy hitters + 25%
           recent, pyramid of depth 7. About 14% at 8K. Drops half of the prompt: facts can be lost.
         - `mikv`: MiKV's (section 4): 20% of the prompt, heavy hitters and the newest, at 16 bits, the rest at 2, in groups of
           half a head along channels, balanced; nothing dropped. 33% of dense at 8K (head_dim 128), 36% (64).
-        - `mikv4`: the same with heavy hitters at 4 bits. 20% of dense at 8K (head_dim 128), 23.5% (64).
+        - `mikv4`: the same with heavy hitters at 4 bits, metadata of 8. 19% of dense at 8K (head_dim 128), 20% (64).
         - `hybrid`: drops a quarter of the prompt, packs most of the rest at 2 bits, and holds the 128 furthest outliers of
-          each KV head unquantized. About 15% at 8K.
-        - `small`: `default` without a quarter of the prompt, and with a smaller window. About 14% at 8K.
+          each KV head unquantized. About 14% at 8K.
+        - `small`: `default` without a quarter of the prompt, and with a smaller window. About 13% at 8K.
         - `tiny`: half of the prompt. About 10% at 8K. Facts stay, text suffers (docs/evaluation.md).
         - `lossless`: everything in the model's dtype: the rewriting without the compression.
 
@@ -237,11 +250,21 @@ class MiniKVConfig:
         if self.bits == 16:
             return 1.0
         kept = [part if isinstance(part, float) else 1.0 for part in (self.heavy, self.recent)]
-        metadata = 2 * 16 / self.value_group(128)
         important = self.important if isinstance(self.important, float) else 0.0
-        important_bits = 16 if self.important_bits == 16 else self.important_bits + metadata
-        bits = important * important_bits + (1 - important) * (self.bits + metadata)
+        bits = important * self._stored_bits(self.important_bits) + (1 - important) * self._stored_bits(self.bits)
         return bits / 16 * (min(sum(kept), 1.0) if self.drops else 1.0)
+
+    def clip_of(self, bits: int) -> float:
+        """The share of a group's range that codes of `bits` bits span."""
+        if self.clip is not None:
+            return self.clip
+        return 0.85 if bits == 2 else 1.0
+
+    def _stored_bits(self, bits: int) -> float:
+        """Of a number with codes of `bits` bits, metadata included, where heads have 128 channels."""
+        if bits == 16:
+            return 16
+        return bits + 2 * 8 * metadata_dtype(torch.bfloat16, bits, self.metadata_bits).itemsize / self.value_group(128)
 
     @property
     def room(self) -> int:
@@ -288,6 +311,11 @@ class MiniKVConfig:
     def balances(self) -> bool:
         """Whether keys are balanced."""
         return self.balancer != "none" and self.bits < 16
+
+    @property
+    def noise(self) -> float:
+        """What the sum of squares of a packed token's steps, as its logit has them, is multiplied by and subtracted."""
+        return 1 / 24 if self.noise_correction and self.key_axis == "token" and self.bits < 8 else 0.0
 
     @property
     def drops(self) -> bool:

@@ -20,7 +20,7 @@ from .config import MiniKVConfig
 from .finite import news, warn_not_finite
 from .kernels import attend, flush
 from .kernels.important import NO_TOKEN
-from .kernels.packing import BLOCK, metadata_dtype
+from .kernels.packing import BLOCK
 from .kernels.state import COLUMNS, IN_TIER, OFFSET, PINNED
 from .ops import MIN_BLOCKS, READS_HOST, ROLES, on_its_own, stored_tokens
 from .policy import POLICIES
@@ -55,11 +55,10 @@ def allocate(
         behind = least_pinned(config) + config.window
         tokens = max_length if stored is None else min(max_length, max(stored, behind) + 2 * BLOCK)
         blocks = max(tokens - behind, BLOCK) // BLOCK
-        dtypes = torch.int16, metadata_dtype(dtype), metadata_dtype(dtype)
-        shapes = [*zip(ops.tier_shapes(config, role, blocks, dim, config.bits), dtypes, strict=True)]
+        shapes = ops.tier_tensors(config, role, blocks, dim, config.bits, dtype)
         if config.two_tiers:
             blocks = max(config.important_tokens(max_length) // BLOCK, MIN_BLOCKS)
-            shapes += zip(ops.tier_shapes(config, role, blocks, dim, config.important_bits), dtypes, strict=True)
+            shapes += ops.tier_tensors(config, role, blocks, dim, config.important_bits, dtype)
         made = [torch.zeros(*lead, *shape, dtype=t, device=device) for shape, t in shapes]
         made += [torch.ones(*lead, dim, device=device)] * (config.balances and role == "key")
         capacity = config.pinned(config.important_tokens(max_length)) + config.room

@@ -102,7 +102,7 @@ def _decode(
     variants = [
         attend.launches(
             batch, heads, n, dim, int(k.get_size()[1]), q.get_dtype(), bool(tier), config.bits, k_group, k_axis,
-            v_group, rotate, device, tuning, balancer is not None,
+            v_group, rotate, device, tuning, balancer is not None, noise=config.noise,
         )
         for tuning in template_tunings(
             triton.next_power_of_2(dim), q.get_dtype().itemsize, block, batch * heads * n,

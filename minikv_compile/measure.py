@@ -82,7 +82,7 @@ def parse_method(text: str) -> MiniKVConfig | None:
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads({"True": "true", "False": "false"}.get(text, text))
     except ValueError:
         return text
 

@@ -235,7 +235,8 @@ def compress_prompt(
         for bits, start, tokens, known in tiers:
             out += compress.compress(
                 x, index, start, tokens, max(max(known) // BLOCK, MIN_BLOCKS), bits, group, axis, role, rotation,
-                settings.clip, counted=counted, balancer=balancer if role == "key" else None,
+                settings.clip_of(bits), counted=counted, balancer=balancer if role == "key" else None,
+                metadata_bits=settings.metadata_bits,
             )  # fmt: skip
         out += [balancer] * (settings.balances and role == "key")
         out += [compress.dense_region(x, index, pinned, in_tiers, used, capacity, counted), state]
@@ -290,11 +291,10 @@ def _(k, v, scores, order, lengths, layer, layers, config, q_range=None):
             "important": ((most,), torch.int32),
             "kept": (((seq + 7) // 8,), torch.uint8),
         }
-        kinds = torch.int16, metadata_dtype(x.dtype), metadata_dtype(x.dtype)
         for prefix, bits, size in (("", settings.bits, blocks), ("important_", settings.important_bits, important_blocks)):
             if bits < 16 and settings.bits < 16:
-                shapes = tier_shapes(settings, role, size, dim, bits)
-                made |= {prefix + n: (s, t) for n, s, t in zip(("codes", "scale", "zero"), shapes, kinds, strict=True)}
+                tensors = tier_tensors(settings, role, size, dim, bits, x.dtype)
+                made |= {prefix + name: tensor for name, tensor in zip(("codes", "scale", "zero"), tensors, strict=True)}
         for name in fields(settings, role, lengths is not None):
             if name == "state":
                 out.append(x.new_empty((batch, COLUMNS), dtype=torch.int32))
@@ -304,12 +304,15 @@ def _(k, v, scores, order, lengths, layer, layers, config, q_range=None):
     return out
 
 
-def tier_shapes(config: MiniKVConfig, role: str, blocks: int, dim: int, bits: int) -> tuple[tuple[int, ...], ...]:
-    """Shapes of codes, scale and zero (`kernels.packing`) of a tier, without batch and heads."""
+def tier_tensors(
+    config: MiniKVConfig, role: str, blocks: int, dim: int, bits: int, dtype: torch.dtype
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes, without batch and heads, and dtypes of codes, scale and zero (`kernels.packing`) of a tier."""
     group, axis = grouping(config, role, dim)
     width = words(bits)
     meta = (blocks, BLOCK // group, dim) if axis == "token" else (blocks, dim // group, BLOCK)
-    return ((blocks, width, dim) if role == "key" else (blocks, dim, width)), meta, meta
+    stored = metadata_dtype(dtype, bits, config.metadata_bits)
+    return [((blocks, width, dim) if role == "key" else (blocks, dim, width), torch.int16), (meta, stored), (meta, stored)]
 
 
 @custom_op("minikv::decode_attention", mutates_args=("k_dense", "v_dense"))
@@ -398,7 +401,7 @@ def flush(
     rotation = rotation_matrix(config.rotation, dense.shape[-1], dense.device)
     return flush_kernels.flush(
         keys, values, length, n, room, config.window, blocks, config.bits, groups, axes, rotation, config.balances,
-        config.clip, counted=counted, keep=keep,
+        config.clip_of(config.bits), counted=counted, keep=keep,
     )  # fmt: skip
 
 
@@ -457,7 +460,7 @@ def dequantize(
     group, axis = grouping(settings, role, dim)
     rotation = rotation_matrix(settings.rotation, dim, dense.device)
     for (codes, scale, zero), bits, first, tokens in tiers:
-        packed = packing.dequantize(packing.unpack(codes, bits, role), scale, zero, group, axis).flatten(2, 3)
+        packed = packing.dequantize(packing.unpack(codes, bits, role), scale, zero, bits, group, axis).flatten(2, 3)
         packed = packed if rotation is None else packed @ rotation.T
         if settings.balances and role == "key":
             packed = packed / tier[-1][:, :, None]

@@ -50,7 +50,7 @@ class PackedInt(DenseOnUse):
 
     Tensors:
         codes: int16 words of 16 / bits codes (`kernels.packing`), `[batch, kv_heads, blocks, ...]`.
-        scale, zero: fp16 or bf16, one per group: `value = code * scale + zero`.
+        scale, zero: fp16 or bf16, one per group: `value = code * scale + zero`; or uint8 (`kernels.packing`).
     Attributes:
         bits: 2, 4 or 8. group: values per scale and zero. axis: what a group lies along, "token" or "channel".
         order: of the words, "key" or "value". logical_dtype: dtype of the dequantized values.
@@ -74,8 +74,10 @@ class PackedInt(DenseOnUse):
         self.bits, self.group, self.axis, self.order, self.logical_dtype = bits, group, axis, order, logical_dtype
 
     @classmethod
-    def from_dense(cls, x: Tensor, bits: int, group: int, axis: GroupAxis, order: Layout) -> PackedInt:
-        """Quantize `x` [batch, kv_heads, tokens, head_dim], fp16, bf16 or fp32.
+    def from_dense(
+        cls, x: Tensor, bits: int, group: int, axis: GroupAxis, order: Layout, metadata_bits: int = 16
+    ) -> PackedInt:
+        """Quantize `x` [batch, kv_heads, tokens, head_dim], fp16, bf16 or fp32. `metadata_bits`: of a scale, and of a zero.
 
         Raises:
             ValueError: tokens are no multiple of BLOCK, `group` does not divide what it groups, or the dtype is wrong.
@@ -90,13 +92,13 @@ class PackedInt(DenseOnUse):
         grouped = BLOCK if axis == "token" else x.shape[3]
         if grouped % group:
             raise ValueError(f"A group of {group} does not divide {grouped} {axis}s.")
-        codes, scale, zero = quantize(x.unflatten(2, (-1, BLOCK)), bits, group, axis)
+        codes, scale, zero = quantize(x.unflatten(2, (-1, BLOCK)), bits, group, axis, metadata_bits=metadata_bits)
         return cls(pack(codes, bits, order), scale, zero, bits, group, axis, order, x.dtype)
 
     def dequantize(self) -> Tensor:
         """The values, in the logical dtype and shape."""
         codes = unpack(self.codes, self.bits, self.order)
-        values = dequantize(codes, self.scale, self.zero, self.group, self.axis).flatten(2, 3)
+        values = dequantize(codes, self.scale, self.zero, self.bits, self.group, self.axis).flatten(2, 3)
         return to_dtype(values, self.logical_dtype)
 
     def _apply_fn_to_data(self, fn) -> PackedInt:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
+from .config import MiniKVConfig
 from .evaluate import TEXT
 from .peers import parse_peer
 from .tasks import FACT_TASKS
@@ -43,7 +44,7 @@ def each(template: str, **values: Iterable) -> tuple[str, ...]:
 def at_fixed_bytes(share: float, group: int, bits: Iterable[int]) -> tuple[str, ...]:
     """Few tokens at many bits to many at few: policies that keep as many as `share` of the dense bytes allow, metadata
     included."""
-    kept = {b: share * 16 / (b + 32 / group) for b in bits}
+    kept = {b: share / MiniKVConfig(bits=b, group=group).share_of_dense for b in bits}
     methods = "default:group={group}:bits={bits}:policy={policy}:heavy={heavy:.3f}"
     return tuple(
         methods.format(group=group, bits=b, policy=policy, heavy=part)
@@ -57,7 +58,7 @@ def peers(ratios: Iterable[float]) -> tuple[str, ...]:
     return presses + each("{name}:bits={bits}", name=("quanto", "hqq"), bits=(2, 4))
 
 
-KIVI = "default:group=32:rotation=none:sinks=0:important=0:window=128"
+KIVI = "default:group=32:clip=1.0:metadata_bits=16:noise_correction=False:rotation=none:sinks=0:important=0:window=128"
 """KIVI (arXiv 2402.02750, section 3.3): keys in groups of 32 per channel, values of 32 per token, the newest 128 tokens
 unquantized (its residual), nothing dropped."""
 
@@ -91,8 +92,8 @@ STUDIES: dict[str, Study] = {
     "metadata": Study(
         "What do scales and zeros cost, and what are finer groups worth?",
         each(
-            "default:important=0:rotation={rotation}:group={group}",
-            rotation=("none", "hadamard"), group=(16, 32, 64, 128),
+            "default:important=0:rotation={rotation}:group={group}:metadata_bits={bits}",
+            rotation=("none", "hadamard"), bits=(8, 16), group=(16, 32, 64, 128),
         ),
         x=BITS, tasks=("keys", "tracking", TEXT), places=("after",),
     ),

@@ -38,5 +38,5 @@ def attended(k_tier: Sequence[Tensor], v_tier: Sequence[Tensor], config: MiniKVC
     return dict(
         k_tier=tuple(k_tier[:3]) or None, v_tier=tuple(v_tier[:3]) or None, bits=config.bits, k_group=k_group,
         k_axis=k_axis, v_group=config.value_group(dim), balancer=k_tier[-1] if config.balances else None,
-        important=important,
+        important=important, noise=config.noise,
     )  # fmt: skip

@@ -14,7 +14,9 @@ WRONG = {
     "key_axis": ["", "tokens", None],
     "balancer": ["", "geometric", None],
     "important_bits": [0, 2, 3, 4.0, 32, None],
-    "clip": [0, 0.0, -0.5, 1.01, 2, math.nan, "1"],
+    "clip": [0, 0.0, -0.5, 1.01, 2, math.nan, "1", True],
+    "metadata_bits": [0, 4, 32, 8.0, True, None],
+    "noise_correction": [0, 1, "yes", None],
     "rotation": ["Hadamard", "", None],
     "sinks": [-1, 1.5, True, None],
     "important": [-1, -0.5, 1.5, 65537, True, None],
@@ -59,7 +61,12 @@ def test_skip_layers_takes_any_sequence_but_no_number():
 def test_presets():
     assert MiniKVConfig.preset("default") == MiniKVConfig()
     assert (MiniKVConfig().bits, MiniKVConfig().group, MiniKVConfig().rotation) == (2, 128, "hadamard")
-    assert MiniKVConfig().clip == MiniKVConfig.preset("minikv").clip == 1.0  # docs/design.md says why
+    assert (MiniKVConfig().clip_of(2), MiniKVConfig().clip_of(4), MiniKVConfig(clip=0.7).clip_of(8)) == (0.85, 1.0, 0.7)
+    assert MiniKVConfig().noise == MiniKVConfig(bits=4).noise == 1 / 24
+    for name in ("minikv", "mikv"):
+        preset = MiniKVConfig.preset(name)
+        assert (preset.clip, preset.metadata_bits, preset.noise) == (1.0, 16, 0.0)  # as in the papers
+    assert MiniKVConfig(key_axis="channel").noise == MiniKVConfig(bits=16, rotation="none").noise == 0.0
     assert not MiniKVConfig().drops and not MiniKVConfig.preset("lossless").drops
     paper = MiniKVConfig.preset("minikv")
     assert (paper.bits, paper.group, paper.rotation, paper.heavy, paper.recent) == (2, 16, "none", 0.25, 0.25)
@@ -103,9 +110,9 @@ def test_repr_and_differences_name_what_differs():
     assert MiniKVConfig(bits=4, window=0).differences(MiniKVConfig()) == "bits: 4 / 2, window: 0 / 64"
 
 
-@pytest.mark.parametrize("preset, share", [("default", 0.140625), ("small", 0.10546875), ("minikv", 0.125), ("lossless", 1.0)])
+@pytest.mark.parametrize("preset, share", [("default", 0.1328125), ("small", 0.099609375), ("minikv", 0.125), ("lossless", 1.0)])
 def test_share_of_dense(preset, share):
-    """2 bits and 32 bits of metadata per group, of half the tokens in `minikv`."""
+    """2 bits and 16 bits of metadata per group; 32 bits, of half the tokens, in `minikv`."""
     assert MiniKVConfig.preset(preset).share_of_dense == share
 
 

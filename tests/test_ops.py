@@ -11,7 +11,7 @@ import minikv_compile.buffers  # noqa: F401  registers its ops
 import minikv_compile.capacity  # noqa: F401  (it has an op)
 from minikv_compile import KVTensor, MiniKVConfig, ops
 from minikv_compile.cache import MiniKVLayer
-from minikv_compile.kernels.packing import BLOCK
+from minikv_compile.kernels.packing import BLOCK, metadata
 from minikv_compile.kernels.scores import column_scores_reference
 from minikv_compile.ops import fields
 from minikv_compile.policy import within_budget
@@ -231,7 +231,7 @@ def test_decode_is_attention_over_what_dequantize_gives(
     policy = {"policy": "heavy_hitter", "heavy": 0.3, "recent": 0.2} if drops and bits < 16 else {}
     config = MiniKVConfig(
         bits=bits, group=group, rotation=rotation, sinks=sinks, window=window, key_axis=key_axis, balancer=balancer,
-        important=important, important_bits=important_bits, **policy,
+        important=important, important_bits=important_bits, noise_correction=False, **policy,
     )  # fmt: skip
     valid = left_padding([length, max(1, round(padding * length))], length)
     k, v = torch.randn(2, 2, kv_heads, length, dim).to(dtype)
@@ -253,6 +253,30 @@ def test_decode_is_attention_over_what_dequantize_gives(
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
     # And what was appended is what the longer cache holds.
     assert torch.equal(kt.longer(new).dequantize()[:, :, length:], k_new)
+
+
+@pytest.mark.parametrize("config", [
+    MiniKVConfig(important=0), MiniKVConfig(important=0, bits=4, group=32, metadata_bits=16, rotation="none", window=10),
+])  # fmt: skip
+def test_noise_correction(config):
+    """Packed tokens' logits are less by half the variance of their errors."""
+    length, heads, dim, scale = 1500, 3, 32, 0.6
+    k, v = torch.randn(2, 1, heads, length, dim)
+    q, k_new, v_new = torch.randn(1, 2 * heads, 1, dim), *torch.randn(2, 1, heads, 1, dim)
+    kt, vt = (t.reserve(1) for t in compress(config, k, v))
+    keys, values = (torch.cat([t.dequantize(), n], 2).double() for t, n in ((kt, k_new), (vt, v_new)))
+    out = minikv.decode_attention(
+        q, k_new, v_new, tier(kt), tier(vt), kt.dense, vt.dense, kt.state, length, scale, config.to_json()
+    )
+    rotation = rotation_matrix(config.rotation, dim, q.device)
+    turned = q if rotation is None else q @ rotation
+    steps = metadata(kt.scale, kt.zero, config.bits)[0].repeat_interleave(config.group, 3).flatten(2, 3)
+    turned, queries, steps = turned.double().unflatten(1, (heads, 2)), q.double().unflatten(1, (heads, 2)), steps.double()
+    logits = torch.einsum("bhrnd,bhtd->bhrnt", queries, keys) * scale
+    variance = torch.einsum("bhrnd,bhtd->bhrnt", (scale * turned) ** 2, steps**2) / 12
+    logits[..., config.sinks : config.sinks + variance.shape[-1]] -= variance / 2
+    expected = torch.einsum("bhrnt,bhtd->bhrnd", logits.softmax(-1), values).flatten(1, 2)
+    torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-5)
 
 
 @settings(max_examples=30)
@@ -315,6 +339,17 @@ def important_by_hand(keys, packed, config):
     return sorted(places)
 
 
+def metadata_by_hand(zero, step, config):
+    """As they are stored."""
+    if config.metadata_bits == 16 or config.bits == 8:
+        return zero.bfloat16().float(), step.bfloat16().float()
+    parts = {2: 8, 4: 2}[config.bits]
+    step = torch.maximum(step, zero.abs() * parts / 119).half().float()
+    last_place = 2.0 ** (step.log2().floor() - 3)
+    step = (step / last_place + 0.5).floor() * last_place
+    return (zero / step * parts).round() * step / parts, step
+
+
 def compress_by_hand(x, tokens, distance, config, role):
     """What a row and head should hold, in order: float32 [kept, head_dim], and which of them are packed."""
     x = x[tokens].float()
@@ -332,9 +367,9 @@ def compress_by_hand(x, tokens, distance, config, role):
     else:
         groups = part.unflatten(1, (-1, config.value_group(x.shape[1])))
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    middle, half = (low + high) / 2, (high - low) / 2 * config.clip
+    middle, half = (low + high) / 2, (high - low) / 2 * config.clip_of(config.bits)
     low, high = middle - half, middle + half
-    zero, step = low.bfloat16().float(), ((high - low) / (2**config.bits - 1)).bfloat16().float()
+    zero, step = metadata_by_hand(low, (high - low) / (2**config.bits - 1), config)
     groups = ((groups - zero) / step).round().clamp(0, 2**config.bits - 1) * step + zero
     part = groups.flatten(1).T if role == "key" else groups.flatten(1)
     x = x.clone()

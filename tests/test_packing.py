@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minikv_compile import PackedInt
-from minikv_compile.kernels.packing import BLOCK, dequantize, metadata_dtype, pack, quantize, unpack, value_group, words
+from minikv_compile.kernels.packing import (
+    BLOCK,
+    dequantize,
+    metadata,
+    metadata_dtype,
+    pack,
+    quantize,
+    unpack,
+    value_group,
+    words,
+)
 
 BITS = st.sampled_from([2, 4, 8])
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -80,7 +90,7 @@ def test_error_is_half_a_step_and_the_rounding_of_metadata(bits, group, axis, la
     step = (high - low) / (2**bits - 1)
     # Scale and zero are stored in 16 bits; the result is rounded to the dtype of x. Below the smallest normal number
     # rounding is absolute.
-    meta = torch.finfo(metadata_dtype(dtype))
+    meta = torch.finfo(metadata_dtype(dtype, bits))
     tiny = meta.tiny * meta.eps * 2**bits
     rounding = meta.eps / 2 * low.abs() + meta.eps / 2 * (high - low) + tiny
     # A zero that was rounded up leaves the lowest value below code 0, a scale that was rounded down the highest above
@@ -92,13 +102,61 @@ def test_error_is_half_a_step_and_the_rounding_of_metadata(bits, group, axis, la
 
 
 @given(
+    bits=st.sampled_from([2, 4]), group=st.sampled_from([16, 32, 64, 128]), axis=st.sampled_from(["token", "channel"]),
+    dtype=st.sampled_from(DTYPES), kind=st.sampled_from(["normal", "offset", "outliers", "tiny"]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_error_with_eight_bits_of_metadata(bits, group, axis, dtype, kind, seed):
+    """Half a step and half a part of it; and what a scale that was rounded down, by a 17th at most, leaves outside."""
+    x = random((1, 2, 2 * BLOCK, 128), dtype, kind, seed)
+    packed = PackedInt.from_dense(x, bits, group, axis, "key", metadata_bits=8)
+    assert packed.scale.dtype == packed.zero.dtype == torch.uint8
+    values, back = (in_groups(t.double(), group, axis) for t in (x, packed.dequantize()))
+    low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+    top, parts = 2**bits - 1, {2: 8, 4: 2}[bits]
+    step = torch.maximum((high - low) / top, low.abs() / (119 / parts))
+    below_normal = 2**-18 * (119 / parts + top)
+    bound = step * 17 / 16 / 2 * (1 + 1 / parts) + top * step / 17 + below_normal
+    bound = bound + torch.finfo(dtype).eps * torch.maximum(low.abs(), high.abs())
+    error = (values - back).abs()
+    assert (error <= bound).all(), (error - bound).max()
+
+
+def test_the_bytes_of_metadata():
+    """A scale of 1.3 is stored as 1.25, a zero of -0.9 as seven eighths of a step less than none."""
+    x = torch.linspace(-0.9, 3.0, BLOCK).repeat(16, 1).T[None, None].contiguous()
+    packed = PackedInt.from_dense(x, 2, BLOCK, "token", "key", metadata_bits=8)
+    assert (packed.scale == 0b01111_010).all()  # 2**0 * 1.25
+    assert (packed.zero == 128 - 6).all()  # -0.9 / 1.25 * 8 = -5.76
+    assert sorted(packed.dequantize().unique().tolist()) == [-0.9375, 0.3125, 1.5625, 2.8125]
+
+
+def test_eight_bit_codes_keep_sixteen_bits_of_metadata():
+    assert PackedInt.from_dense(torch.randn(1, 1, BLOCK, 32), 8, 32, "channel", "value", 8).scale.dtype == torch.bfloat16
+
+
+@given(
     value=st.one_of(st.floats(-60000, 60000, width=16), st.sampled_from([0.0, -0.0, 1e-7, 65504.0])), bits=BITS,
     dtype=st.sampled_from(DTYPES), axis=st.sampled_from(["token", "channel"]),
 )  # fmt: skip
 def test_constant_groups_give_their_constant_back(value, bits, dtype, axis):
     x = torch.full((1, 1, BLOCK, 32), value, dtype=dtype)
     back = PackedInt.from_dense(x, bits, 32, axis, "key").dequantize()
-    assert torch.equal(back, x.to(metadata_dtype(dtype)).to(dtype))
+    assert torch.equal(back, x.to(metadata_dtype(dtype, bits)).to(dtype))
+
+
+@pytest.mark.parametrize("axis", ["token", "channel"])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_end_of_the_range_with_eight_bits_of_metadata(axis, bits):
+    """Of fp16, and beyond it, where bf16 values saturate: what comes back is finite, and no further away than they are."""
+    for dtype, top in ((torch.float16, 65504.0), (torch.bfloat16, 1e5), (torch.bfloat16, 3e38)):
+        x = torch.randn(1, 2, BLOCK, 64).clamp(-3, 3).div(3.0).mul(top).to(dtype)
+        x[..., ::3, ::2], x[..., 1::3, ::2] = top, -top
+        back = PackedInt.from_dense(x, bits, 64, axis, "value", metadata_bits=8).dequantize()
+        assert metadata(*quantize(x[:, :, None], bits, 64, axis, metadata_bits=8)[1:], bits)[1].half().isfinite().all()
+        assert back.isfinite().all() and (back.float().sign() * x.float().sign() >= 0)[x.abs() > top / 2].all()
+        if dtype == torch.float16:
+            error = (back.double() - x.double()).abs()
+            assert error.max() <= 2 * top / (2**bits - 1) * (0.5 * 17 / 16 * 1.5) + 2 * top / 17
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -148,7 +206,7 @@ def test_a_clipped_range(bits, group, axis, clip, seed):
     """Codes span the middle of a group's range; what lies outside takes the nearest end."""
     x = random((1, 1, 2, BLOCK, 128), torch.float32, "normal", seed)
     codes, scale, zero = quantize(x, bits, group, axis, clip)
-    values, back = (in_groups(t, group, axis) for t in (x, dequantize(codes, scale, zero, group, axis)))
+    values, back = (in_groups(t, group, axis) for t in (x, dequantize(codes, scale, zero, bits, group, axis)))
     low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
     middle, half = (low + high) / 2, (high - low) / 2 * clip
     nearest = values.clamp(middle - half, middle + half)
@@ -162,7 +220,7 @@ def test_codes_are_fitted_to_metadata_as_stored():
     x = x[None, None].contiguous()
     codes, scale, zero = quantize(x[:, :, None], 8, 128, "token")
     assert (zero.float() - 100.3).abs().max() > 0.1
-    back = dequantize(codes, scale, zero, 128, "token").flatten(2, 3)
+    back = dequantize(codes, scale, zero, 8, 128, "token").flatten(2, 3)
     above = x >= zero.max().float()
     assert (back - x)[above].abs().max() < 0.02
 

@@ -93,10 +93,10 @@ def test_looks_like_the_dense_tensor(role, dtype):
 
 def test_bytes_are_those_of_the_storages():
     kv, _ = make(length=1024, dtype=torch.bfloat16)
-    # 6 blocks of 2-bit codes; a bf16 scale and zero per 128 tokens of a channel, 260 dense tokens, the
+    # 6 blocks of 2-bit codes; a byte of scale and one of zero per 128 tokens of a channel, 260 dense tokens, the
     # places of 64 of them, 6 counters.
     codes = HEADS * 6 * BLOCK * DIM * 2 // 8
-    metadata = HEADS * 6 * DIM * 2 * 2
+    metadata = HEADS * 6 * DIM * 2
     dense = HEADS * (4 + 64 + 64 + 128) * DIM * 2
     assert kv.nbytes_held == codes + metadata + dense + HEADS * 64 * 4 + 6 * 4
     assert kv.untyped_storage().nbytes() != kv.nbytes_held  # why it has to be counted
@@ -308,7 +308,7 @@ def test_a_file_of_another_format(monkeypatch):
     torch.save(kv, file)
     monkeypatch.undo()
     file.seek(0)
-    with pytest.raises(ValueError, match="saved in format 99: this version of minikv_compile reads 3"):
+    with pytest.raises(ValueError, match="saved in format 99: this version of minikv_compile reads 4"):
         torch.load(file, weights_only=True)
 
 
@@ -431,7 +431,7 @@ def poisoned(kv):
         kv.dense[row, :, dense_used[row] :] = torch.nan
         for tier, column in ((kv.tier, IN_TIER), (kv.important_tier, IN_IMPORTANT)):
             for meta in () if tier is None else (tier.scale, tier.zero):
-                meta[row, :, kv.state[row, column] // BLOCK :] = torch.nan
+                meta[row, :, kv.state[row, column] // BLOCK :] = torch.nan if meta.is_floating_point() else 255
     return kv
 
 

@@ -44,15 +44,17 @@ class Case:
     balance: bool = False
     important_bits: int = 0
     """Of an important tier; 0 for none."""
+    metadata_bits: int = 16
+    noise: float = 0.0
     in_important: tuple[int, ...] = (2, 0, 1)
     """Blocks in each row's important tier."""
 
 
 def poison(packed, blocks):
-    """NaN metadata past each row's blocks."""
+    """NaN metadata, or the largest bytes, past each row's blocks."""
     for t in packed[1:]:
         for row, n in enumerate(blocks):
-            t[row, :, n:] = torch.nan
+            t[row, :, n:] = torch.nan if t.is_floating_point() else 255
 
 
 def build(case):
@@ -79,7 +81,8 @@ def build(case):
             factors = balancer if layout == "key" else None
             made.append(
                 compress_reference(
-                    x, None, 0, tokens, case.capacity, bits, group, axis, layout, rotation, balancer=factors
+                    x, None, 0, tokens, case.capacity, bits, group, axis, layout, rotation, balancer=factors,
+                    metadata_bits=case.metadata_bits,
                 )
             )
             poison(made[-1], blocks[:batch])
@@ -100,7 +103,7 @@ def build(case):
     new = [random(case.kv_heads, case.new, size) for size in (case.k_size, case.v_size)]
     return [
         q, *new, *tiers, *dense, state, length, case.dim**-0.5, case.bits, k_group, case.k_axis, v_group, rotation, balancer,
-        important,
+        important, case.noise,
     ]  # fmt: skip
 
 
@@ -123,9 +126,9 @@ def check(case, device, tuning=SMALL, edit=lambda arguments: None, largest=1.0):
     actual = attend_triton(*on_device, tuning=tuning)
     finite = [t and tuple(x.nan_to_num(0.0) for x in t) for t in arguments[3:5]]  # 0 * NaN in the reference
     arguments[3:5] = finite
-    if arguments[-1] is not None:
-        held = ((arguments[-1].keys, arguments[-1].values), arguments[-1].bits)
-        arguments[-1] = Important(*(tuple(x.nan_to_num(0.0) for x in t) for t in held[0]), held[1])
+    if arguments[-2] is not None:
+        held = ((arguments[-2].keys, arguments[-2].values), arguments[-2].bits)
+        arguments[-2] = Important(*(tuple(x.nan_to_num(0.0) for x in t) for t in held[0]), held[1])
     expected = attend(arguments[0].float(), *arguments[1:])
     assert actual.dtype == case.dtype and actual.shape == expected.shape
     tolerance = TOLERANCE[case.dtype]
@@ -142,6 +145,8 @@ def check(case, device, tuning=SMALL, edit=lambda arguments: None, largest=1.0):
     kv_heads=st.sampled_from([1, 2]),
     dtype=st.sampled_from(DTYPES),
     bits=st.sampled_from([2, 4, 8]),
+    metadata_bits=st.sampled_from([8, 16]),
+    noise=st.sampled_from([0.0, 1 / 24]),
     k_group=st.sampled_from([16, 32, 64, 128]),
     k_axis=st.sampled_from(["token", "token", "channel"]),
     v_group=st.sampled_from([16, 32, 64, 128]),
@@ -161,7 +166,9 @@ def test_matches_reference(device, sides, **choices):
 @given(
     dim=st.sampled_from([64, 80, 128]), ratio=st.sampled_from([1, 3, 8]), new=st.sampled_from([1, 3]),
     dtype=st.sampled_from(DTYPES), bits=st.sampled_from([2, 4]), important_bits=st.sampled_from([4, 8]),
-    k_axis=st.sampled_from(["token", "channel"]), rotate=st.booleans(), balance=st.booleans(),
+    metadata_bits=st.sampled_from([8, 16]), noise=st.sampled_from([0.0, 0.1]),
+    k_axis=st.sampled_from(["token", "channel"]), rotate=st.booleans(),
+    balance=st.booleans(),
     in_tier=st.tuples(st.integers(0, 3), st.integers(0, 3)), in_important=st.tuples(st.integers(0, 3), st.integers(0, 3)),
     seed=st.integers(0, 9),
 )  # fmt: skip
@@ -174,7 +181,8 @@ def test_important_tier(device, **choices):
 @given(
     dim=st.sampled_from([16, 64, 80, 96, 128, 256]), ratio=st.sampled_from([1, 4]), new=st.sampled_from([1, 3]),
     dtype=st.sampled_from(DTYPES), bits=st.sampled_from([2, 4, 8]), important_bits=st.sampled_from([0, 4, 8]),
-    k_group=st.sampled_from([16, 32, 64, 128]), k_axis=st.sampled_from(["token", "channel"]),
+    metadata_bits=st.sampled_from([8, 16]), noise=st.sampled_from([0.0, 0.1]), k_group=st.sampled_from([16, 32, 64, 128]),
+    k_axis=st.sampled_from(["token", "channel"]),
     v_group=st.sampled_from([16, 64, 128]), in_tier=st.tuples(st.integers(0, 3), st.integers(0, 3)),
     balance=st.booleans(), seed=st.integers(0, 9),
 )  # fmt: skip
@@ -220,9 +228,29 @@ def test_default_tuning(device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("v_size", [1e-4, 1e4])
-def test_sizes_of_values(device, dtype, v_size):
+@pytest.mark.parametrize("metadata_bits", [8, 16])
+def test_sizes_of_values(device, dtype, v_size, metadata_bits):
     """16-bit operands neither overflow nor lose small values."""
-    check(Case(dtype=dtype, v_size=v_size), device)
+    check(Case(dtype=dtype, v_size=v_size, metadata_bits=metadata_bits), device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("size", [2.0**-5, 2.0**5, 2.0**10, 2.0**14, 1e5])
+def test_key_sizes_with_bytes_and_noise(device, dtype, rotate, size):
+    """Neither the squares of the noise nor zeros beside the largest steps overflow into a NaN; where they fit in fp16, they are
+    right."""
+
+    def edit(arguments):
+        arguments[0] /= size
+
+    case = Case(dtype=dtype, rotate=rotate, k_size=size, bits=4 if size == 1e5 else 2, metadata_bits=8, noise=1 / 24)
+    if size <= 2.0**5:
+        check(case, device, edit=edit)
+    else:
+        arguments = to_device(build(case), device)
+        arguments[0] /= size
+        assert attend_triton(*arguments, tuning=SMALL).isfinite().all()
 
 
 def test_value_sizes_that_change_from_block_to_block(device):
@@ -263,6 +291,7 @@ def test_query_that_the_rotation_concentrates(device):
         arguments[0].fill_(1e-4)
 
     check(Case(dim=128, k_size=1e4), device, edit=edit)
+    check(Case(dim=128, k_size=1e4, metadata_bits=8), device, edit=edit)
 
 
 def test_layouts_of_queries_and_dense(device):

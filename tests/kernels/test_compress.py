@@ -11,7 +11,7 @@ from minikv_compile.kernels.compress import (
     dense_region_reference,
     dense_region_triton,
 )
-from minikv_compile.kernels.packing import BLOCK, unpack, value_group
+from minikv_compile.kernels.packing import BLOCK, dequantize, metadata, unpack, value_group
 from minikv_compile.rotation import hadamard
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -48,23 +48,34 @@ def counters(x, device):
     return tuple(torch.zeros(n, dtype=torch.int32, device=device) for n in ((x.shape[0], x.shape[2]), x.shape[0]))
 
 
-def check(device, x, index, start, tokens, blocks, bits, group, axis, layout, rotation, balancer=None):
+def check(device, x, index, start, tokens, blocks, bits, group, axis, layout, rotation, balancer=None, metadata_bits=16):
     counted, counted_reference = counters(x, device), counters(x, "cpu")
     expected = compress_reference(
-        x, index, start, tokens, blocks, bits, group, axis, layout, rotation, counted=counted_reference, balancer=balancer
-    )
+        x, index, start, tokens, blocks, bits, group, axis, layout, rotation, counted=counted_reference, balancer=balancer,
+        metadata_bits=metadata_bits,
+    )  # fmt: skip
     index, start, tokens, rotation, balancer = (
         t.to(device) if isinstance(t, torch.Tensor) else t for t in (index, start, tokens, rotation, balancer)
     )
     actual = compress_triton(
-        x.to(device), index, start, tokens, blocks, bits, group, axis, layout, rotation, counted=counted, balancer=balancer
-    )
+        x.to(device), index, start, tokens, blocks, bits, group, axis, layout, rotation, counted=counted, balancer=balancer,
+        metadata_bits=metadata_bits,
+    )  # fmt: skip
     for ours, theirs in zip(counted, counted_reference, strict=True):
         assert torch.equal(ours.cpu(), theirs)
     codes, scale, zero = (t.cpu() for t in actual)
     assert codes.shape == expected[0].shape and scale.dtype == expected[1].dtype
     if rotation is None:
         assert torch.equal(scale, expected[1]) and torch.equal(zero, expected[2])
+    elif scale.dtype == torch.uint8:
+        # Here and there a rotated value that was rounded the other way changes a byte, and with it a group's codes.
+        for ours, theirs in ((scale, expected[1]), (zero, expected[2])):
+            away = (ours.int() - theirs.int()).abs()
+            assert (away > 0).float().mean() <= 0.05 and away.max() <= (1 if theirs is expected[1] else 128)
+        ours, theirs = (dequantize(unpack(t[0], bits, layout), *t[1:], bits, group, axis) for t in ((codes, scale, zero), expected))
+        step = metadata(*expected[1:], bits)[0].max()
+        assert (ours - theirs).abs().max() <= step * 1.1 and (ours != theirs).float().mean() <= 0.07
+        return
     else:
         # One step of the dtype of x at the size of a value, where the rotated value was rounded the other way.
         step = max(torch.finfo(x.dtype).eps, torch.finfo(scale.dtype).eps) * 2
@@ -79,6 +90,7 @@ def check(device, x, index, start, tokens, blocks, bits, group, axis, layout, ro
     dtype=st.sampled_from(DTYPES),
     bits=st.sampled_from([2, 4, 8]),
     group=st.sampled_from([16, 32, 64, 128]),
+    metadata_bits=st.sampled_from([8, 16]),
     axis=st.sampled_from(["token", "channel"]),
     layout=st.sampled_from(["key", "value"]),
     filled=st.tuples(st.integers(0, 2), st.integers(0, 2)),
@@ -88,14 +100,17 @@ def check(device, x, index, start, tokens, blocks, bits, group, axis, layout, ro
     gather=st.booleans(),
     seed=st.integers(0, 9),
 )
-def test_matches_reference(device, dim, dtype, bits, group, axis, layout, filled, start, kind, rotate, gather, seed):
+def test_matches_reference(
+    device, dim, dtype, bits, group, metadata_bits, axis, layout, filled, start, kind, rotate, gather, seed
+):  # fmt: skip
     rotate = rotate and kind in ("normal", "constant")
     group = group if axis == "token" else value_group(group, dim)
     seq = 2 * BLOCK + 5
     x = values(kind, (2, 1, seq, dim), dtype, seed)
     index = torch.stack([torch.randperm(seq), torch.randperm(seq)])[:, None] if gather else None
     tokens = torch.tensor(filled, dtype=torch.int32) * BLOCK
-    check(device, x, index, start, tokens, 2, bits, group, axis, layout, hadamard(dim) if rotate else None)
+    rotation = hadamard(dim) if rotate else None
+    check(device, x, index, start, tokens, 2, bits, group, axis, layout, rotation, metadata_bits=metadata_bits)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,7 +9,7 @@ from minikv_compile import MiniKVConfig
 from minikv_compile.fixed import allocate, least_pinned
 from minikv_compile.fixed import room as space_behind
 from minikv_compile.kernels import flush
-from minikv_compile.kernels.packing import BLOCK
+from minikv_compile.kernels.packing import BLOCK, metadata
 from minikv_compile.ops import ROLES, grouping
 from minikv_compile.rotation import rotation_matrix
 
@@ -39,7 +39,7 @@ def run(kind, config, keys, values, n=1, length=0, space=None, counted=0):
     return kind(
         keys, values, length, n, space, config.window, (space - config.window) // BLOCK, config.bits,
         *zip(*groupings, strict=True), rotation_matrix(config.rotation, dense.shape[-1], dense.device), config.balances,
-        config.clip, counted=counted,
+        config.clip_of(config.bits), counted=counted,
     )  # fmt: skip
 
 
@@ -54,8 +54,8 @@ def alike(layers, expected, layout, length=0):
         *tier_there, dense_there, state_there, _ = others
         assert torch.equal(state, state_there)
         assert_same_codes(tier[0], tier_there[0], 2, layout, most=2e-2)
-        for got, there in zip(tier[1:3], tier_there[1:3], strict=True):  # scales and zeros
-            torch.testing.assert_close(got.float(), there.float(), rtol=1e-2, atol=1e-3)
+        for got, there in zip(metadata(*tier[1:3], 2), metadata(*tier_there[1:3], 2), strict=True):
+            torch.testing.assert_close(got, there, rtol=1e-2, atol=1e-3)
         for row, left in enumerate((length - state[:, 0]).tolist()):
             assert torch.equal(dense[row, :, :left].nan_to_num(), dense_there[row, :, :left].nan_to_num())
 
