@@ -96,13 +96,16 @@ def attend_reference(
     if important is not None:
         tiers.append((important.keys, important.values, important.bits, IN_IMPORTANT))
     in_tier = [torch.arange(t[1][0].shape[2] * BLOCK, device=q.device) < state[:, t[-1], None] for t in tiers]
-    logits = [products.keys(stored, keys, width, k_group, k_axis) for keys, _, width, _ in tiers]
-    logits = [x * scale for x in logits]
-    if noise and k_axis == "token":
-        steps = [metadata(*keys[1:], width)[0].flatten(2, 3) for keys, _, width, _ in tiers]
-        noises = [noise * ((scale * stored).square() @ step.square().mT) for step in steps]
-        noises = [x.clamp(max=MOST_NOISE).repeat_interleave(k_group, -1) for x in noises]
-        logits = [x - y for x, y in zip(logits, noises, strict=True)]
+    stored = stored * scale
+    noises = [
+        (noise * (stored.square() @ metadata(*keys[1:], width)[0].flatten(2, 3).square().mT)).clamp(max=MOST_NOISE)
+        if noise and k_axis == "token" else None
+        for keys, _, width, _ in tiers
+    ]  # fmt: skip
+    logits = [
+        products.keys(stored, keys, width, k_group, k_axis, less)
+        for (keys, _, width, _), less in zip(tiers, noises, strict=True)
+    ]
 
     ages = torch.arange(n - 1, -1, -1, device=q.device)  # how many new tokens are newer than query i
     seen = length - state[:, OFFSET, None] - ages  # [batch, n] dense tokens that query i sees

@@ -92,7 +92,9 @@ def metadata(scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Stored scales and zeros as fp32."""
     if scale.dtype != torch.uint8:
         return scale.float(), zero.float()
-    scale = (scale.to(torch.int16) << 7).view(torch.float16).float()
+    # As an fp32 number, which Inductor's C++ has vectors of, and without subnormal ones, which a host may flush to 0.
+    byte = scale.int()
+    scale = torch.where(byte < 8, byte * 2.0**-17, ((byte << 20) + (112 << 23)).view(torch.float32))
     return scale, scale * ((zero.float() - ZERO_AT) / zero_parts(bits))
 
 

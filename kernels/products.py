@@ -23,15 +23,17 @@ from .packing import WORD_BITS, GroupAxis, dequantize, metadata, unpack, value_m
 class Products(NamedTuple):
     """Both products; all in fp32."""
 
-    keys: Callable[[Tensor, Packed, int, int, GroupAxis], Tensor]
-    """(q [batch, kv_heads, rows, head_dim], keys, bits, group, axis) -> [batch, kv_heads, rows, blocks * BLOCK]"""
+    keys: Callable[[Tensor, Packed, int, int, GroupAxis, Tensor | None], Tensor]
+    """(q [batch, kv_heads, rows, head_dim], keys, bits, group, axis, less [batch, kv_heads, rows, groups of tokens] or None) ->
+    [batch, kv_heads, rows, blocks * BLOCK], less by `less` in each group."""
     values: Callable[[Tensor, Packed, int, int], Tensor]
     """(p [batch, kv_heads, rows, blocks * BLOCK], values, bits, group) -> [batch, kv_heads, rows, head_dim]"""
 
 
-def _dequantized_keys(q: Tensor, keys: Packed, bits: int, group: int, axis: GroupAxis) -> Tensor:
+def _dequantized_keys(q: Tensor, keys: Packed, bits: int, group: int, axis: GroupAxis, less: Tensor | None) -> Tensor:
     codes, scale, zero = keys
-    return q @ dequantize(unpack(codes, bits, "key"), scale, zero, bits, group, axis).flatten(2, 3).transpose(-1, -2)
+    products = q @ dequantize(unpack(codes, bits, "key"), scale, zero, bits, group, axis).flatten(2, 3).transpose(-1, -2)
+    return products if less is None else products - less.repeat_interleave(group, -1)
 
 
 def _dequantized_values(p: Tensor, values: Packed, bits: int, group: int) -> Tensor:
@@ -62,13 +64,22 @@ def _contract(words: Tensor, bits: int, operand: Tensor) -> Tensor:
     return ((codes[0] * even + codes[1] * odd).sum(-1) / (1 << shifts[..., 0])).flatten(-2)
 
 
-def _folded_keys(q: Tensor, keys: Packed, bits: int, group: int, axis: GroupAxis) -> Tensor:
+def _read_often(scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, ...]:
+    """`metadata`, with a dimension of query rows, each of which reads it: made of bytes once, not in each row's loop."""
+    both = metadata(scale, zero, bits)
+    both = torch.stack(both).unbind() if scale.dtype == torch.uint8 else both
+    return tuple(meta[:, :, None] for meta in both)
+
+
+def _folded_keys(q: Tensor, keys: Packed, bits: int, group: int, axis: GroupAxis, less: Tensor | None) -> Tensor:
     words, *stored = keys
-    scale, zero = (meta[:, :, None] for meta in metadata(*stored, bits))
+    scale, zero = _read_often(*stored, bits)
     if axis == "token":
         q = q[:, :, :, None, None]  # [batch, kv_heads, rows, 1, 1, head_dim]
-        zeros = (q * zero).sum(-1).repeat_interleave(group, -1)
-        return (_contract(words, bits, q * scale) + zeros).flatten(3)
+        zeros = (q * zero).sum(-1)  # [batch, kv_heads, rows, blocks, groups]
+        if less is not None:
+            zeros = zeros - less.view(zeros.shape)
+        return (_contract(words, bits, q * scale) + zeros.repeat_interleave(group, -1)).flatten(3)
     words = words.unflatten(-1, (-1, group)).movedim(-2, 3)
     q = q.unflatten(-1, (-1, group))[:, :, :, None, :, None]  # [batch, kv_heads, rows, 1, groups, 1, group]
     return (_contract(words, bits, q) * scale + q.sum(-1) * zero).sum(-2).flatten(3)
@@ -76,7 +87,7 @@ def _folded_keys(q: Tensor, keys: Packed, bits: int, group: int, axis: GroupAxis
 
 def _folded_values(p: Tensor, values: Packed, bits: int, group: int) -> Tensor:
     words, *stored = values
-    scale, zero = (meta[:, :, None] for meta in metadata(*stored, bits))
+    scale, zero = _read_often(*stored, bits)
     p = p.unflatten(-1, (-1, 1, scale.shape[-1]))  # [batch, kv_heads, rows, blocks, 1, BLOCK]
     matrices = value_matrices(words, bits)
     slices = WORD_BITS // bits
