@@ -49,7 +49,8 @@ def is_fake(x: Tensor) -> bool:
 
 def mark_dynamic(x: Tensor, dim: int) -> None:
     """Let Dynamo treat this size as dynamic from the first compilation on."""
-    maybe_mark_dynamic(x, dim)
+    if dim not in getattr(x, "_dynamo_weak_dynamic_indices", ()):  # asked for in every step: marking takes 20 us
+        maybe_mark_dynamic(x, dim)
 
 
 def mark_static(x: Tensor) -> None:

@@ -161,10 +161,11 @@ def test_generate_compiles_decode_by_name():
 
 @pytest.mark.parametrize("preset", ["lossless", "default"])
 def test_without_the_backend(preset):
-    """Eager: dense attention over what is stored."""
+    """Eager: dense attention over what is stored, which knows of no correction."""
     model, ids = tiny(layers=1), prompt(340)
-    expected = steps(compiled(copy.deepcopy(model), make_backend(preset)), ids, 300, None)
-    got = steps(model, ids, 300, MiniKVCache(model, 480, config=preset))
+    config = MiniKVConfig.preset(preset, noise_correction=False)
+    expected = steps(compiled(copy.deepcopy(model), MiniKVBackend(config, "eager")), ids, 300, None)
+    got = steps(model, ids, 300, MiniKVCache(model, 480, config=config))
     assert torch.allclose(got, expected, atol=1e-3)
 
 

@@ -119,6 +119,12 @@ def test_error_with_eight_bits_of_metadata(bits, group, axis, dtype, kind, seed)
     bound = bound + torch.finfo(dtype).eps * torch.maximum(low.abs(), high.abs())
     error = (values - back).abs()
     assert (error <= bound).all(), (error - bound).max()
+    # No other code is nearer.
+    codes, stored = unpack(packed.codes, bits, "key"), (packed.scale, packed.zero, bits, group, axis)
+    chosen, x = (x.float() - dequantize(codes, *stored).flatten(2, 3)).abs(), x.float()
+    for step in (-1, 1):
+        other = (x - dequantize((codes + step).clamp(0, top), *stored).flatten(2, 3)).abs()
+        assert (chosen <= other + 1e-6 * (1 + x.abs())).all()
 
 
 def test_the_bytes_of_metadata():
