@@ -88,13 +88,18 @@ def _scale_byte(scale: Tensor) -> Tensor:
     return torch.maximum((scale.half().view(torch.int16) + 64) >> 7, (scale > 0).to(torch.int16)).to(torch.uint8)
 
 
+def _byte_scale(byte: Tensor) -> Tensor:
+    """fp32, the inverse of `_scale_byte`."""
+    # As an fp32 number, which Inductor's C++ has vectors of, and without subnormal ones, which a host may flush to 0.
+    byte = byte.int()
+    return torch.where(byte < 8, byte * 2.0**-17, ((byte << 20) + (112 << 23)).view(torch.float32))
+
+
 def metadata(scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Stored scales and zeros as fp32."""
     if scale.dtype != torch.uint8:
         return scale.float(), zero.float()
-    # As an fp32 number, which Inductor's C++ has vectors of, and without subnormal ones, which a host may flush to 0.
-    byte = scale.int()
-    scale = torch.where(byte < 8, byte * 2.0**-17, ((byte << 20) + (112 << 23)).view(torch.float32))
+    scale = _byte_scale(scale)
     return scale, scale * ((zero.float() - ZERO_AT) / zero_parts(bits))
 
 
@@ -166,7 +171,7 @@ def quantize(
     if dtype == torch.uint8:
         parts = zero_parts(bits)
         scale = _scale_byte(torch.maximum(scale, zero.abs() / (ZERO_MOST / parts)).clamp(max=most))
-        step = metadata(scale, scale, bits)[0]
+        step = _byte_scale(scale)
         step = torch.where(step > 0, step, 1.0)
         furthest = (FP16_MAX * parts / step - 0.5).round().clamp(max=127)  # so that no zero overflows fp16
         zero = (zero / step * parts).round().clamp(-furthest, furthest)
