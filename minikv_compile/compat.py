@@ -54,8 +54,10 @@ def mark_dynamic(x: Tensor, dim: int) -> None:
 
 
 def mark_static(x: Tensor) -> None:
-    """Tell Dynamo that the address of `x` stays, so that CUDA graphs may write into it."""
+    """Tell Dynamo that the address of `x` stays, so that CUDA graphs may write into it, and that its sizes do: after another
+    cache's, it would take them for dynamic."""
     torch._dynamo.mark_static_address(x)
+    torch._dynamo.mark_static(x)
 
 
 def settled(x: Any) -> Any:

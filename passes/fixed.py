@@ -62,6 +62,9 @@ def plan(rewriter: Rewriter, site: Site, call: Node) -> tuple[str, Callable[[int
         raise NotTaken(f"{new} queries for {shape(call.args[0])[SEQ]} new keys: cross-attention")
     if call.target in STORE:
         return "prefill", partial(_prefill, rewriter, site, call, _prompt_padding(rewriter, site, call))
+    rows, held = shape(call.args[0])[0], shape(call.args[2][DENSE])[0]
+    if rows != held:  # a guard: Dynamo knows the rows of the cache, and may take those of the tokens for dynamic
+        raise NotTaken(f"{rows} rows of new tokens for a cache of {held}")
     readers = {user for item in call.users for user in item.users}
     if len(call.users) > 2 or not only_for(site, readers):
         raise NotTaken("its keys or values are also read elsewhere")
