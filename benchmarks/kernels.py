@@ -320,6 +320,7 @@ def compress_row(bench: Benchmark, preset: str, seq: int) -> None:
     takes alone, host included.
     """
     from minikv_compile.config import MiniKVConfig
+    from minikv_compile.feedback import query_moments
     from minikv_compile.ops import compress_prompt
 
     x = causal_inputs(bench, seq)
@@ -328,10 +329,11 @@ def compress_row(bench: Benchmark, preset: str, seq: int) -> None:
     k, v = x[1:]
     scores = None if config.observed_queries is None else torch.rand(k.shape[:3], device=bench.device)
     q_range = torch.rand(*k.shape[:2], k.shape[3], device=bench.device) if config.balances else None
+    moments = query_moments(x[0], k, None, None) if config.feeds_back else None
     layer, layers = 15, 32
 
     def run() -> None:
-        compress_prompt(k, v, scores, None, None, layer, layers, config.to_json(), q_range)
+        compress_prompt(k, v, scores, None, None, layer, layers, config.to_json(), q_range, moments)
 
     launched = bench.timer([run], graph=False)
     device_us, launches = device_time(run, bench.dry)

@@ -28,27 +28,23 @@ from minikv_compile.cli import load
 from minikv_compile.cli_options import listed, numbers, split_methods
 from minikv_compile.config import MiniKVConfig
 from minikv_compile.evaluate import PLACES
+from minikv_compile.feedback import query_moments
 from minikv_compile.haystack import held_out_ids
-from minikv_compile.kernels.important import distance_from_mean, stored_order
-from minikv_compile.kernels.packing import BLOCK, metadata, quantize
 from minikv_compile.kernels.prefill import causal_attention_lse
 from minikv_compile.kernels.scores import column_scores
-from minikv_compile.kernels.select import highest
 from minikv_compile.measure import parse_method
 from minikv_compile.ops import ROLES, compress_prompt, dequantize, fields, kept_mask, tier_names
 from minikv_compile.peers import own_masks
 from minikv_compile.provenance import provenance
-from minikv_compile.rotation import rotation_matrix
 from minikv_compile.tasks import FACT_TASKS, make_sample
 
-FEEDBACK = "+feedback"
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 2_000_000
 """First seed of the prompts: not those of accuracy.py."""
 VARIANTS = (
     "full", "default", "default:important=0", "default:important=32", "default:important=128",
     "default:importance=random", "default:group=64", "default:group=64:important=0", "default:group=32:important=0",
-    "default:clip=0.9", "default:bits=4", "default" + FEEDBACK,
+    "default:clip=0.9", "default:bits=4", "default:error_feedback=False",
 )  # fmt: skip
 
 
@@ -121,12 +117,11 @@ def stored(prompt: Prompt, config: MiniKVConfig | None) -> Stored:
     if config is None:
         return Stored(*([x[None] for x in part] for part in (prompt.keys, prompt.values)), 1.0)
     text, n = config.to_json(), prompt.keys.shape[2]
-    q_range = query_range(prompt.queries, prompt.keys, None, None) if config.balances else None
+    looks = (config.balances, query_range), (config.feeds_back, query_moments)
+    seen = [look(prompt.queries, prompt.keys, None, None)[:, None] if wanted else [None] * layers for wanted, look in looks]
     for layer, scores in enumerate(prompt.scores(config.observed_queries)):
         k, v = (x[layer, None].bfloat16() for x in (prompt.keys, prompt.values))
-        made = compress_prompt(
-            k, v, scores, None, None, layer, layers, text, None if q_range is None else q_range[layer, None]
-        )
+        made = compress_prompt(k, v, scores, None, None, layer, layers, text, *(x[layer] for x in seen))
         held += sum(t.nbytes for t in made)
         rest = iter(made)
         for role, back in zip(ROLES, (keys, values), strict=True):
@@ -138,46 +133,6 @@ def stored(prompt: Prompt, config: MiniKVConfig | None) -> Stored:
                 x = x[kept_mask(parts["kept"], parts["state"], n)].view(1, x.shape[1], -1, x.shape[3])
             back.append(x)
     return Stored(keys, values, held / (2 * prompt.keys.numel() * 2))
-
-
-def with_feedback(prompt: Prompt, config: MiniKVConfig, plain: Tensor) -> Tensor:
-    """Keys as `plain`, [layers, kv_heads, n, head_dim], but with codes chosen channel by channel, each making up for the
-    errors of those before it in what the prompt's queries see (GPTQ, arXiv 2210.17323, with the queries' second moments
-    for its Hessian). Same bytes. Nothing may be dropped."""
-    layers, heads, n, dim = plain.shape
-    count = config.important_tokens(n)
-    pinned = config.pinned(count)
-    packed = max(0, n - pinned - config.window) // BLOCK * BLOCK
-    rotation = rotation_matrix(config.rotation, dim, plain.device)
-    score = distance_from_mean(prompt.keys.flatten(0, 1))[:, config.sinks : pinned + packed]
-    apart = highest(score, count).unflatten(0, (layers, heads)) + config.sinks
-    counts = torch.full((layers,), count, dtype=torch.int32, device=plain.device)
-    places = stored_order(apart, counts, n, config.sinks)[..., pinned : pinned + packed]
-    places = places[..., None].expand(-1, -1, -1, dim)
-    x = prompt.keys.gather(2, places).float() @ rotation
-    clip = config.clip_of(config.bits)
-    _, *stored = quantize(x.unflatten(2, (-1, BLOCK)), config.bits, config.group, "token", clip, config.metadata_bits)
-    step, zero = (meta.flatten(2, 3).unsqueeze(3) for meta in metadata(*stored, config.bits))
-    x = x.unflatten(2, (-1, config.group))
-    queries = prompt.queries.float().unflatten(1, (heads, -1)).flatten(2, 3)
-    moments = rotation.T @ (queries.mT @ queries / queries.shape[2]) @ rotation
-    moments.diagonal(dim1=-2, dim2=-1).add_(moments.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True), alpha=0.01)
-    lower = torch.linalg.cholesky(moments)
-    weights = lower / lower.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-    error = torch.zeros_like(x)
-    for i in reversed(range(dim)):
-        owed = torch.einsum("lhbtj,lhj->lhbt", error[..., i + 1 :], weights[:, :, i + 1 :, i])
-        code = ((x[..., i] - owed - zero[..., i]) / step[..., i]).round().clamp(0, 2**config.bits - 1)
-        error[..., i] = code * step[..., i] + zero[..., i] - x[..., i]
-    return plain.scatter(2, places, ((x + error).flatten(2, 3) @ rotation.T).to(plain.dtype))
-
-
-def variant_cache(prompt: Prompt, name: str) -> Stored:
-    config = parse_method(name.removesuffix(FEEDBACK))
-    made = stored(prompt, config)
-    if name.endswith(FEEDBACK):
-        made.keys = list(with_feedback(prompt, config, torch.cat(made.keys))[:, None])
-    return made
 
 
 def continued(model, cache: Stored, past: int, tokens: Tensor) -> Tensor:
@@ -195,7 +150,7 @@ def text_kl(lm, tokenizer, length: int, seed: int, names: list[str], continuatio
     ids = torch.tensor([held_out_ids(tokenizer, length + continuation, seed)], device=lm.device)
     prompt = read(lm, ids[:, :length], ids[:, length:])
     fed = prompt.tokens[:, :-1]
-    chances = [continued(lm, variant_cache(prompt, name), length - 1, fed).log_softmax(-1) for name in ["full", *names]]
+    chances = [continued(lm, stored(prompt, parse_method(name)), length - 1, fed).log_softmax(-1) for name in ["full", *names]]
     full, *others = chances
     return torch.stack([(full.exp() * (full - other)).sum(-1).mean() for other in others])
 
@@ -255,7 +210,7 @@ def answers(
         n = context.shape[1] if place == "after" else whole.keys.shape[2]
         prompt = whole.until(n)
         for name in names:
-            cache = variant_cache(prompt, name)
+            cache = stored(prompt, parse_method(name))
             logits = continued(lm, cache, n, ids[:, n:-1])
             # The first token of an answer is the prefill's own where the question is inside.
             told = answer.shape[1] - (place == "inside")

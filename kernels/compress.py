@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .feedback import feedback_reference, feedback_triton
 from .jit import (
     FP16_MAX,
     INTERPRET,
@@ -85,6 +86,7 @@ def compress_reference(
     counted: Counted | None = None,
     balancer: Tensor | None = None,
     metadata_bits: int = 16,
+    factors: Tensor | None = None,
 ) -> Packed:
     """Pack tokens `start[b] ... start[b] + tokens[b] - 1` of row b, in plain PyTorch.
 
@@ -100,6 +102,8 @@ def compress_reference(
         counted: what counts the packed tokens that hold NaN or inf.
         balancer: fp32 [batch, kv_heads, head_dim], by which tokens are multiplied first (and rounded to the dtype of `x`),
             or None.
+        factors: fp32 [batch, kv_heads, head_dim, head_dim] (`minikv_compile.feedback`): codes are rounded with error feedback,
+            for the scales and zeros that they have without. Of keys; None for none.
 
     Returns:
         codes, scale, zero (`packing`), with `blocks` blocks.
@@ -112,7 +116,10 @@ def compress_reference(
         picked = (picked.float() * balancer[:, :, None]).to(x.dtype)
     if rotation is not None:
         picked = (picked.float() @ rotation).to(x.dtype)
-    codes, scale, zero = quantize(picked.view(batch, heads, blocks, BLOCK, dim), bits, group, axis, clip, metadata_bits)
+    picked = picked.view(batch, heads, blocks, BLOCK, dim)
+    codes, scale, zero = quantize(picked, bits, group, axis, clip, metadata_bits)
+    if factors is not None:
+        codes = feedback_reference(picked, scale, zero, bits, group, axis, factors)
     return pack(codes, bits, layout), scale, zero
 
 
@@ -377,9 +384,10 @@ def compress_triton(
     counted: Counted | None = None,
     balancer: Tensor | None = None,
     metadata_bits: int = 16,
+    factors: Tensor | None = None,
     tuning: CompressTuning | None = None,
 ) -> Packed:
-    """`compress` as a Triton kernel: one launch, or two for a head dimension that is no power of two."""
+    """`compress` as a Triton kernel: one launch, or two for a head dimension that is no power of two; and one for feedback."""
     check_dtype(x)
     check_head_dim(x.shape[-1])
     x = unit_last(x)
@@ -402,6 +410,9 @@ def compress_triton(
             LIMIT=largest_metadata(out[1].dtype), BLOCK=BLOCK, SLICES=WORD_BITS // bits, OPERAND=operand_dtype(x.dtype),
             PRECISION=dot_precision(x.dtype), num_warps=tuning.warps, num_stages=1, maxnreg=tuning.registers,
         )  # fmt: skip
+    if factors is not None:
+        turned = None if rotation is None else (signs, sizes)
+        feedback_triton(x, index, start, tokens, out, bits, group, axis, turned, balancer, factors)
     return out
 
 
@@ -420,6 +431,7 @@ def compress(
     counted: Counted | None = None,
     balancer: Tensor | None = None,
     metadata_bits: int = 16,
+    factors: Tensor | None = None,
 ) -> Packed:
     """Gather, balance, rotate, quantize and pack; arguments and result as in `compress_reference`.
 
@@ -429,7 +441,7 @@ def compress(
     """
     run = compress_triton if x.is_cuda else compress_reference
     return run(
-        x, index, start, tokens, blocks, bits, group, axis, layout, rotation, clip, counted, balancer, metadata_bits
+        x, index, start, tokens, blocks, bits, group, axis, layout, rotation, clip, counted, balancer, metadata_bits, factors
     )
 
 

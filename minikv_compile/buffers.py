@@ -24,6 +24,7 @@ from . import compat, fixed, ops
 from .balancer import query_range
 from .cache import MiniKVLayer
 from .config import MiniKVConfig
+from .feedback import query_moments
 from .kernels.state import IN_IMPORTANT, IN_TIER, OFFSET, PINNED
 from .ops import READS_HOST
 
@@ -156,6 +157,7 @@ def prompt_or_extend(
     fixed.store_prompt(
         k, v, scores, order, lengths, key, value, important, kept, length, padding, place, count, max_length, config,
         query_range(q, k, order, lengths) if settings.balances else None,
+        query_moments(q, k, order, lengths) if settings.feeds_back else None,
     )  # fmt: skip
     return out
 

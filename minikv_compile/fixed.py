@@ -135,12 +135,12 @@ def report(held: list[tuple[str, int, Tensor, Tensor]], config: MiniKVConfig, pr
 def store_prompt(
     k: Tensor, v: Tensor, scores: Tensor | None, order: Tensor | None, lengths: Tensor | None, key: list[Tensor],
     value: list[Tensor], important: Tensor, kept: Tensor, length: Tensor, padding: Tensor, place: int, count: int, max_length: int,
-    config: str, q_range: Tensor | None = None,
+    config: str, q_range: Tensor | None = None, q_moments: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Compress a prompt into storages that hold nothing that is still needed.
 
     Args:
-        k, v, scores, order, lengths, config, q_range: as for `minikv::compress`.
+        k, v, scores, order, lengths, config, q_range, q_moments: as for `minikv::compress`.
         key, value: the layer's tensors, see `names`.
         important: int32 [batch, kv_heads, most]. kept: uint8 [batch, kv_heads, ceil(max_length / 8)]: one bit
             per prompt token.
@@ -174,7 +174,7 @@ def store_prompt(
         )
     if settings.balances and q_range is None:  # nothing is packed, and nothing will be balanced
         q_range = torch.full((batch, heads, dim), torch.nan, device=k.device)
-    made = iter(ops.compress_prompt(k, v, scores, order, lengths, place, count, config, q_range))
+    made = iter(ops.compress_prompt(k, v, scores, order, lengths, place, count, config, q_range, q_moments))
     for role, tensors in zip(ROLES, (key, value), strict=True):
         parts = {name: next(made) for name in ops.fields(settings, role, lengths is not None)}
         for name, tensor in zip(names(settings, role), tensors, strict=True):
@@ -197,7 +197,10 @@ def store_prompt(
 
 
 @store_prompt.register_fake
-def _(k, v, scores, order, lengths, key, value, important, kept, length, padding, place, count, max_length, config, q_range=None):
+def _(
+    k, v, scores, order, lengths, key, value, important, kept, length, padding, place, count, max_length, config, q_range=None,
+    q_moments=None,
+):  # fmt: skip
     return None
 
 

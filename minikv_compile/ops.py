@@ -14,6 +14,7 @@ from torch.library import custom_op
 from . import compat
 from .balancer import balancer_of
 from .config import MiniKVConfig
+from .feedback import feedback_factors
 from .kernels import attend, compress, packing, prefill, scores
 from .kernels import flush as flush_kernels
 from .kernels.important import NO_TOKEN, stored_order
@@ -149,7 +150,7 @@ def stored_tokens(state: Tensor, length: int | Tensor) -> Tensor:
 @on_its_own
 def compress_prompt(
     k: Tensor, v: Tensor, scores: Tensor | None, order: Tensor | None, lengths: Tensor | None, layer: int, layers: int,
-    config: str, q_range: Tensor | None = None,
+    config: str, q_range: Tensor | None = None, q_moments: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Select, gather, balance, rotate, quantize and pack the prompt's keys and values.
 
@@ -159,6 +160,7 @@ def compress_prompt(
         order, lengths: of `align_rows`; None for no padding.
         config: `MiniKVConfig.to_json()`.
         q_range: of the prompt's queries (`minikv::query_range`); None where nothing is balanced.
+        q_moments: of them (`minikv::query_moments`); None for keys that are rounded to nearest.
 
     Returns:
         the tensors of `fields(...)`, first for the keys, then for the values.
@@ -223,6 +225,9 @@ def compress_prompt(
     if index is not None:
         index = index.contiguous()
     balancer = balancer_of(q_range, k, order, row_lengths) if settings.balances else None
+    factors = None
+    if q_moments is not None and settings.feeds_back and any(packed):
+        factors = feedback_factors(q_moments, rotation, balancer)
 
     out = []
     for role, x in zip(ROLES, (k, v), strict=True):
@@ -236,7 +241,7 @@ def compress_prompt(
             out += compress.compress(
                 x, index, start, tokens, max(max(known) // BLOCK, MIN_BLOCKS), bits, group, axis, role, rotation,
                 settings.clip_of(bits), counted=counted, balancer=balancer if role == "key" else None,
-                metadata_bits=settings.metadata_bits,
+                metadata_bits=settings.metadata_bits, factors=factors if role == "key" else None,
             )  # fmt: skip
         out += [balancer] * (settings.balances and role == "key")
         out += [compress.dense_region(x, index, pinned, in_tiers, used, capacity, counted), state]
@@ -276,7 +281,7 @@ def fields(config: MiniKVConfig, role: str, padded: bool) -> list[str]:
 
 
 @compress_prompt.register_fake
-def _(k, v, scores, order, lengths, layer, layers, config, q_range=None):
+def _(k, v, scores, order, lengths, layer, layers, config, q_range=None, q_moments=None):
     settings = MiniKVConfig.from_json(config)
     batch, heads, seq, dim = k.shape
     sizes = [compat.new_size(k, MIN_BLOCKS), *(compat.new_size(k, MIN_BLOCKS) for _ in range(settings.bits < 16))]

@@ -58,7 +58,10 @@ def peers(ratios: Iterable[float]) -> tuple[str, ...]:
     return presses + each("{name}:bits={bits}", name=("quanto", "hqq"), bits=(2, 4))
 
 
-KIVI = "default:group=32:clip=1.0:metadata_bits=16:noise_correction=False:rotation=none:sinks=0:important=0:window=128"
+KIVI = (
+    "default:group=32:clip=1.0:metadata_bits=16:noise_correction=False:error_feedback=False:rotation=none:sinks=0:important=0"
+    ":window=128"
+)
 """KIVI (arXiv 2402.02750, section 3.3): keys in groups of 32 per channel, values of 32 per token, the newest 128 tokens
 unquantized (its residual), nothing dropped."""
 

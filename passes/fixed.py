@@ -127,10 +127,10 @@ def _prefill(
     rows = (None, None)
     if mask is not None:
         rows = rewriter._aligned(read_outside(rewriter, mask) if outside else mask, call.args[0], _first(site, call))
-    q_range = rewriter.query_range(site, call.args[0], rows)
-    call.args = (*call.args[:2], None, *rows, *call.args[5:], q_range)
-    if q_range is not None:
-        q_range.append(call)
+    statistics = rewriter.query_statistics(site, call.args[0], rows)
+    call.args = (*call.args[:2], None, *rows, *call.args[5:], *statistics)
+    for node in filter(None, statistics):
+        node.append(call)
     if observed is None and mask is None and site.fused:
         rewriter.without_mask(site, *call.args[:2])
         return

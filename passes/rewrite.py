@@ -251,7 +251,7 @@ class Rewriter:
         with self.graph.inserting_before(site.node):
             k, v = (self._heads_first(slot) for slot in (key, value))
         rows = (None, None) if padding is None else self._aligned(padding, k, site.node)
-        q_range = self.query_range(site, k, rows)
+        statistics = self.query_statistics(site, k, rows)
         scores = None
         if observed is not None or padding is not None or not site.fused:  # attention written out needs memory of seq * seq
             with self.graph.inserting_before(site.node):
@@ -262,7 +262,7 @@ class Rewriter:
             site = self.without_mask(site, k, v)
         with self.graph.inserting_after(site.node if scores is None else scores):
             arguments = (
-                k, v, None if observed is None else scores, *rows, place, count, self.config.to_json(), q_range,
+                k, v, None if observed is None else scores, *rows, place, count, self.config.to_json(), *statistics,
             )  # fmt: skip
             names = [ops.fields(self.config, role, padding is not None) for role in ROLES]
             made = self._call(minikv.compress.default, arguments, sum(map(len, names)))
@@ -311,12 +311,14 @@ class Rewriter:
 
     # ---- pieces
 
-    def query_range(self, site: Site, key: Node, rows: Sequence[Node | None]) -> Node | None:
-        """What the balancer has to know of a prompt's queries, computed before its attention, so that they die there."""
-        if not self.config.balances:
-            return None
+    def query_statistics(self, site: Site, key: Node, rows: Sequence[Node | None]) -> list[Node | None]:
+        """What the balancer, and what error feedback, has to know of a prompt's queries, computed before its attention, so that
+        they die there."""
+        asked = (self.config.balances, minikv.query_range), (self.config.feeds_back, minikv.query_moments)
         with self.graph.inserting_before(site.node):
-            return self.graph.call_function(minikv.query_range.default, (site.query, key, *rows))
+            return [
+                self.graph.call_function(op.default, (site.query, key, *rows)) if wanted else None for wanted, op in asked
+            ]
 
     def _heads_first(self, slot: functional.Slot | Write) -> Node:
         """The new tokens of a slot or a static buffer, [batch, kv_heads, n, head_dim], where nodes are being inserted."""

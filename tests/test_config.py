@@ -17,6 +17,7 @@ WRONG = {
     "clip": [0, 0.0, -0.5, 1.01, 2, math.nan, "1", True],
     "metadata_bits": [0, 4, 32, 8.0, True, None],
     "noise_correction": [0, 1, "yes", None],
+    "error_feedback": [0, 1, "yes", None],
     "rotation": ["Hadamard", "", None],
     "sinks": [-1, 1.5, True, None],
     "important": [-1, -0.5, 1.5, 65537, True, None],
@@ -62,10 +63,11 @@ def test_presets():
     assert MiniKVConfig.preset("default") == MiniKVConfig()
     assert (MiniKVConfig().bits, MiniKVConfig().group, MiniKVConfig().rotation) == (2, 128, "hadamard")
     assert (MiniKVConfig().clip_of(2), MiniKVConfig().clip_of(4), MiniKVConfig(clip=0.7).clip_of(8)) == (0.85, 1.0, 0.7)
-    assert MiniKVConfig().noise == MiniKVConfig(bits=4).noise == 1 / 24
+    assert MiniKVConfig(error_feedback=False).noise == 2 * MiniKVConfig().noise == 2 * MiniKVConfig(bits=4).noise == 1 / 24
     for name in ("minikv", "mikv"):
         preset = MiniKVConfig.preset(name)
-        assert (preset.clip, preset.metadata_bits, preset.noise) == (1.0, 16, 0.0)  # as in the papers
+        # As in the papers.
+        assert (preset.clip, preset.metadata_bits, preset.noise, preset.feeds_back) == (1.0, 16, 0.0, False)
     assert MiniKVConfig(key_axis="channel").noise == MiniKVConfig(bits=16, rotation="none").noise == 0.0
     assert not MiniKVConfig().drops and not MiniKVConfig.preset("lossless").drops
     paper = MiniKVConfig.preset("minikv")

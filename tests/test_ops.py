@@ -98,9 +98,10 @@ def test_opcheck_dequantize(preset, padded):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_opcheck_query_range(padded):
+@pytest.mark.parametrize("op", [minikv.query_range, minikv.query_moments], ids=str)
+def test_opcheck_of_what_queries_are_like(op, padded):
     rows = minikv.align_rows(left_padding([20, 4], 20)) if padded else (None, None)
-    opcheck(minikv.query_range, torch.randn(2, 4, 20, 16), torch.randn(2, 2, 20, 16), *rows)
+    opcheck(op, torch.randn(2, 4, 20, 16), torch.randn(2, 2, 20, 16), *rows)
 
 
 def fixed_layer(preset, filled=True):
