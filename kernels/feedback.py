@@ -154,6 +154,6 @@ def feedback_triton(
         start.stride(0), tokens.stride(0), 0 if index is None else index.shape[2], codes.shape[2],
         HEADS=heads, D=dim, DP=padded, STEP=min(padded, 32 if wide else 128), BITS=bits, GROUP=group,
         TOKEN_AXIS=axis == "token", HAS_INDEX=index is not None, ROTATE=rotation is not None, BALANCE=balancer is not None,
-        BLOCK=BLOCK, SLICES=WORD_BITS // bits, CHUNK=16 if padded <= 128 else 32, OPERAND=operand_dtype(x.dtype),
+        BLOCK=BLOCK, SLICES=WORD_BITS // bits, CHUNK=32 if padded > 128 and dim % 32 == 0 else 16, OPERAND=operand_dtype(x.dtype),
         LEFT=operand_dtype(torch.bfloat16), PRECISION=dot_precision(x.dtype), num_warps=4 if padded <= 128 else 8, num_stages=1,
     )  # fmt: skip
