@@ -50,7 +50,7 @@ class Case:
         """What a step must read and write, at least."""
         element = self.dtype.itemsize
         code_bytes = 2 * self.tier * self.dim * self.bits / 8
-        metadata = metadata_dtype(self.dtype, self.bits, self.metadata_bits).itemsize
+        metadata = metadata_dtype(self.bits, self.metadata_bits).itemsize
         meta_bytes = 2 * metadata * self.tier * self.dim * (1 / self.k_group + 1 / min(self.v_group, self.dim))
         kv_bytes = code_bytes + meta_bytes + 2 * (self.length - self.tier) * self.dim * element
         return int(self.batch * (self.kv_heads * kv_bytes + 2 * self.heads * self.dim * element))
@@ -142,8 +142,7 @@ def tensors(case: Case, device: torch.device, seed: int) -> list:
             packed = compress_triton(x, None, 0, full, blocks, case.bits, group, axis, layout, rotation, 1.0,
                                      metadata_bits=case.metadata_bits)  # fmt: skip
         else:
-            packed = empty_packed(batch, kv, blocks, dim, case.bits, group, axis, layout, case.dtype, device,
-                                  case.metadata_bits)  # fmt: skip
+            packed = empty_packed(batch, kv, blocks, dim, case.bits, group, axis, layout, device, case.metadata_bits)  # fmt: skip
             packed[0].random_(-(2**15), 2**15, generator=generator)
             if packed[1].dtype == torch.uint8:  # steps from 1/4 to 1/2 at 2 bits, zeros from -2 to -1 steps
                 packed[1].random_(104, 112, generator=generator)
