@@ -8,7 +8,7 @@ import _path  # noqa: F401
 import torch
 import triton
 
-from minikv_compile.kernels.attend import block_bytes, free_columns
+from minikv_compile.kernels.attend import block_bytes, folds, free_columns
 from minikv_compile.kernels.compress import compress_triton, empty_packed
 from minikv_compile.kernels.packing import BLOCK, ZERO_AT, metadata_dtype, zero_parts
 from minikv_compile.kernels.tuning import ATTEND_VARIANTS, attend_tuning
@@ -174,5 +174,6 @@ def tuning_of(case: Case):
     size = block_bytes(case.dim, case.bits, case.k_group, case.v_group)
     rows = case.batch * case.heads * case.new
     free = free_columns(case.heads // case.kv_heads * case.new, case.k_axis)
-    chosen = attend_tuning(triton.next_power_of_2(case.dim), case.dtype.itemsize, size, rows, free)
+    chosen = attend_tuning(triton.next_power_of_2(case.dim), case.dtype.itemsize, size, rows, free,
+                           folds(case.dim, case.k_group, case.v_group))  # fmt: skip
     return replace(chosen, **ATTEND_VARIANTS.get(case.variant, {}))
