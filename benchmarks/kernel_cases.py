@@ -8,7 +8,7 @@ import _path  # noqa: F401
 import torch
 import triton
 
-from minikv_compile.kernels.attend import block_bytes, free_columns
+from minikv_compile.kernels.attend import block_bytes, folds, free_columns
 from minikv_compile.kernels.compress import compress_triton, empty_packed
 from minikv_compile.kernels.packing import BLOCK, ZERO_AT, metadata_dtype, zero_parts
 from minikv_compile.kernels.tuning import ATTEND_VARIANTS, attend_tuning
@@ -50,7 +50,7 @@ class Case:
         """What a step must read and write, at least."""
         element = self.dtype.itemsize
         code_bytes = 2 * self.tier * self.dim * self.bits / 8
-        metadata = metadata_dtype(self.dtype, self.bits, self.metadata_bits).itemsize
+        metadata = metadata_dtype(self.bits, self.metadata_bits).itemsize
         meta_bytes = 2 * metadata * self.tier * self.dim * (1 / self.k_group + 1 / min(self.v_group, self.dim))
         kv_bytes = code_bytes + meta_bytes + 2 * (self.length - self.tier) * self.dim * element
         return int(self.batch * (self.kv_heads * kv_bytes + 2 * self.heads * self.dim * element))
@@ -142,8 +142,7 @@ def tensors(case: Case, device: torch.device, seed: int) -> list:
             packed = compress_triton(x, None, 0, full, blocks, case.bits, group, axis, layout, rotation, 1.0,
                                      metadata_bits=case.metadata_bits)  # fmt: skip
         else:
-            packed = empty_packed(batch, kv, blocks, dim, case.bits, group, axis, layout, case.dtype, device,
-                                  case.metadata_bits)  # fmt: skip
+            packed = empty_packed(batch, kv, blocks, dim, case.bits, group, axis, layout, device, case.metadata_bits)  # fmt: skip
             packed[0].random_(-(2**15), 2**15, generator=generator)
             if packed[1].dtype == torch.uint8:  # steps from 1/4 to 1/2 at 2 bits, zeros from -2 to -1 steps
                 packed[1].random_(104, 112, generator=generator)
@@ -175,5 +174,6 @@ def tuning_of(case: Case):
     size = block_bytes(case.dim, case.bits, case.k_group, case.v_group)
     rows = case.batch * case.heads * case.new
     free = free_columns(case.heads // case.kv_heads * case.new, case.k_axis)
-    chosen = attend_tuning(triton.next_power_of_2(case.dim), case.dtype.itemsize, size, rows, free)
+    chosen = attend_tuning(triton.next_power_of_2(case.dim), case.dtype.itemsize, size, rows, free,
+                           folds(case.dim, case.k_group, case.v_group))  # fmt: skip
     return replace(chosen, **ATTEND_VARIANTS.get(case.variant, {}))

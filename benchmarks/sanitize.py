@@ -130,7 +130,7 @@ def flush(dim: int) -> None:
     layers = []
     for layout, group, axis in (("key", BLOCK, "token"), ("value", 16, "channel")):
         dense = torch.randn(2, 3, 384, dim, device=DEVICE)
-        tier = empty_packed(2, 3, 4, dim, 2, group, axis, layout, dense.dtype, dense.device)
+        tier = empty_packed(2, 3, 4, dim, 2, group, axis, layout, dense.device)
         layers.append([(*tier, dense, state.clone(), dense)])
     flush_triton(*layers, 384, 1, 300, 64, 2, 2, (BLOCK, 16), ("token", "channel"), hadamard(dim).to(DEVICE), False, 1.0)
 

@@ -141,6 +141,11 @@ def block_bytes(dim: int, bits: int, k_group: int, v_group: int) -> float:
     return BLOCK * dim * (bits / 4 + 4 / k_group + 4 / v_group)
 
 
+def folds(dim: int, k_group: int, v_group: int) -> float:
+    """Operands that scales are folded into, for each tier block: one for each group."""
+    return BLOCK / k_group + dim / v_group
+
+
 def free_columns(query_rows: int, k_axis: GroupAxis) -> bool:
     """Whether the query rows of a KV head leave half of a product's 8 columns free."""
     return k_axis == "token" and 2 * query_rows <= AttendTuning.min_rows
@@ -196,7 +201,8 @@ def launches(
     padded, ratio = triton.next_power_of_2(dim), heads // kv_heads
     if tuning is None:
         size = block_bytes(dim, bits, k_group, v_group) if tier else 0
-        tuning = attend_tuning(padded, dtype.itemsize, size, batch * heads * n, free_columns(ratio * n, k_axis))
+        free, folded = free_columns(ratio * n, k_axis), folds(dim, k_group, v_group)
+        tuning = attend_tuning(padded, dtype.itemsize, size, batch * heads * n, free, folded)
     row_tile = min(tuning.rows, max(tuning.min_rows, triton.next_power_of_2(ratio * n)))
     tiles = triton.cdiv(ratio * n, row_tile)
     items, rows = batch * kv_heads * tiles, batch * heads * n

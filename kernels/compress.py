@@ -255,27 +255,25 @@ def pack_block(
             FURTHEST: tl.constexpr = ZERO_MOST / zero_parts(BITS)
             span = tl.maximum(span, _quotient(tl.abs(low), FURTHEST, 1 / FURTHEST))
             scale = scale_byte(tl.minimum(span, LIMIT))
-            step = to_fp32(byte_scale(scale))
+            step = byte_scale(scale).to(tl.float32)
         else:
-            scale = round_to(tl.minimum(span, LIMIT), SCALE.dtype.element_ty)
-            step = to_fp32(scale)
+            scale = tl.minimum(span, LIMIT).to(tl.float16)
+            step = scale.to(tl.float32)
         usable = step > 0
-        # 1 / step must not overflow.
-        factor = tl.where(step < 2.0**-60, 2.0**64, 1.0)
-        step = tl.where(usable, step * factor, 1.0)
+        step = tl.where(usable, step, 1.0)
         inverse = 1.0 / step
         inverse = tl.fma(tl.fma(-inverse, step, 1.0), inverse, inverse)
         if EIGHT:
             PARTS: tl.constexpr = zero_parts(BITS)
-            furthest = _rounded(tl.minimum(factor * inverse * (FP16_MAX * PARTS) - 0.5, 127.0))  # so that no zero overflows fp16
-            away = tl.where(usable, _quotient(low * factor, step, inverse), 0.0) * PARTS
+            furthest = _rounded(tl.minimum(inverse * (FP16_MAX * PARTS) - 0.5, 127.0))  # so that no zero overflows fp16
+            away = tl.where(usable, _quotient(low, step, inverse), 0.0) * PARTS
             away = tl.minimum(tl.maximum(_rounded(away), -furthest), furthest)
             base = away * (1 / PARTS)
             zero = (away + ZERO_AT).to(tl.uint8)
         else:
-            zero = round_to(low, ZERO.dtype.element_ty)
-            base = _quotient(to_fp32(zero) * factor, step, inverse)
-        position = _quotient(values * factor, step, inverse) - base
+            zero = low.to(tl.float16)
+            base = _quotient(zero.to(tl.float32), step, inverse)
+        position = _quotient(values, step, inverse) - base
         position = tl.where(finite, position, tl.where(values > 0, TOP * 1.0, 0.0))
         position = tl.where(usable, tl.minimum(tl.maximum(position, 0.0), TOP * 1.0), 0.0)
         # Adding 1.5 * 2**23 rounds to nearest, ties to even, and leaves the code in the low bits; the high ones are
@@ -337,14 +335,14 @@ def _compress_kernel(
 
 def empty_packed(
     batch: int, heads: int, blocks: int, dim: int, bits: int, group: int, axis: GroupAxis, layout: Layout,
-    dtype: torch.dtype, device: torch.device, metadata_bits: int = 16,
+    device: torch.device, metadata_bits: int = 16,
 ) -> Packed:  # fmt: skip
-    """Uninitialised codes, scale and zero for tensors of `dtype`."""
+    """Uninitialised codes, scale and zero."""
     lead = (batch, heads, blocks)
     code_shape = (words(bits), dim) if layout == "key" else (dim, words(bits))
     meta_shape = (BLOCK // group, dim) if axis == "token" else (dim // group, BLOCK)
     codes = torch.empty(*lead, *code_shape, dtype=torch.int16, device=device)
-    scale = torch.empty(*lead, *meta_shape, dtype=metadata_dtype(dtype, bits, metadata_bits), device=device)
+    scale = torch.empty(*lead, *meta_shape, dtype=metadata_dtype(bits, metadata_bits), device=device)
     return codes, scale, torch.empty_like(scale)
 
 
@@ -393,7 +391,7 @@ def compress_triton(
     x = unit_last(x)
     batch, heads, seq, dim = x.shape
     tuning = tuning or compress_tuning(x.element_size())
-    out = empty_packed(batch, heads, blocks, dim, bits, group, axis, layout, x.dtype, x.device, metadata_bits)
+    out = empty_packed(batch, heads, blocks, dim, bits, group, axis, layout, x.device, metadata_bits)
     padded = triton.next_power_of_2(dim)
     signs, sizes = (x, x) if rotation is None else _signs(rotation, x.dtype)
     seen, count = (tokens, tokens) if counted is None else counted

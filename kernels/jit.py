@@ -58,28 +58,8 @@ def to_fp32(x):
 
 @triton.jit
 def to_operand(x, OPERAND: tl.constexpr):
-    """A stored value of any dtype as an operand. bf16 metadata beyond fp16's range saturates."""
-    if x.dtype == OPERAND:
-        return x
-    x = to_fp32(x)
-    if OPERAND == tl.float16:
-        x = tl.minimum(tl.maximum(x, -FP16_MAX), FP16_MAX)
-    return x.to(OPERAND)
-
-
-@triton.jit
-def to_fp16(x):
-    """To fp16, where it is stored, before anything spreads it over threads. What lies beyond its range saturates."""
-    if x.dtype == tl.float16:
-        return x
-    x = to_fp32(x)
-    if INTERPRET:
-        return tl.minimum(tl.maximum(x, -FP16_MAX), FP16_MAX).to(tl.float16)
-    else:
-        # Not pure, so that the compiler does not move it behind a change of layout, where there are more copies of x.
-        return tl.inline_asm_elementwise(
-            "cvt.rn.satfinite.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.float16, is_pure=False, pack=2
-        )
+    """A stored value as an operand."""
+    return x if x.dtype == OPERAND else to_fp32(x).to(OPERAND)
 
 
 @triton.jit
@@ -110,66 +90,33 @@ def transposed(x):
         return tl.reshape(tl.permute(tl.reshape(y, [T // 8, 8, R // 8, 8]), (2, 1, 0, 3)), [R, T])
 
 
-@triton.constexpr_function
-def _pair_asm(bf16):
-    to_fp32 = (
-        "shl.b32 t, $1, 16; mov.b32 a, t; shl.b32 t, $2, 16; mov.b32 b, t;"
-        if bf16
-        else "mov.b32 {x, y}, $1; cvt.f32.f16 a, x; mov.b32 {x, y}, $2; cvt.f32.f16 b, x;"
-    )
-    product = "mul.f32 a, a, $3; mul.f32 b, b, $3; cvt.rn.satfinite.f16x2.f32 $0, b, a;"
-    return "{ .reg .b32 t; .reg .b16 x, y; .reg .f32 a, b; " + to_fp32 + product + " }"
-
-
-_PRODUCTS = tl.constexpr("{ .reg .b32 p; mov.b32 p, {$2, $3}; mul.rn.f16x2 p, p, $4; mov.b32 {$0, $1}, p; }")
-"""Of two fp16 numbers with those of a register."""
-
-
 @triton.jit
 def first(a, b):
     return a
 
 
 @triton.jit
-def times_scale(even, odd, scale, weight):
-    """(even, odd) [R, T / 2], the even and the odd columns of an fp16 tile, times the columns' 16-bit `scale` [S, T] times
-    a scalar, rounded to fp16. Row r has the scales of row r // (R / S)."""
-    S: tl.constexpr = scale.shape[0]
-    shape: tl.constexpr = [S, even.shape[0] // S, even.shape[1]]
-    scale_even, scale_odd = tl.split(tl.reshape(scale, [S, even.shape[1], 2]))
-    even_rows, odd_rows = tl.reshape(even, shape), tl.reshape(odd, shape)
-    if INTERPRET:
-        scale_even = (to_fp32(scale_even) * weight).to(tl.float16)
-        scale_odd = (to_fp32(scale_odd) * weight).to(tl.float16)
-        even_rows, odd_rows = even_rows * scale_even[:, None, :], odd_rows * scale_odd[:, None, :]
+def times(x, y):
+    """x times fp16 `y`, which is broadcast."""
+    if INTERPRET or x.dtype == tl.float32:
+        return x * y.to(x.dtype)
     else:
-        # A scale becomes fp16 once, in the thread that loads it, two neighbours in one register. Triton would have
-        # every thread that needs a scale convert it: but what comes before a reduction (here of one element) along
-        # another dimension it does not move behind a change of layout.
-        scale_even = scale_even.to(tl.int16, bitcast=True).to(tl.int32)
-        scale_odd = scale_odd.to(tl.int16, bitcast=True).to(tl.int32)
-        pair = tl.inline_asm_elementwise(
-            _pair_asm(scale.dtype == tl.bfloat16), "=r,r,r,f", [scale_even, scale_odd, weight], dtype=tl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip
-        pair = tl.reduce(pair[:, :, None], 2, first)
-        even_rows, odd_rows = tl.inline_asm_elementwise(
-            _PRODUCTS, "=h,=h,h,h,r", [even_rows, odd_rows, pair[:, None, :]], dtype=(tl.float16, tl.float16),
-            is_pure=True, pack=1,
-        )  # fmt: skip
-    return tl.reshape(even_rows, even.shape), tl.reshape(odd_rows, odd.shape)
+        return tl.inline_asm_elementwise(
+            "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.float16, is_pure=True, pack=2
+        )
+
+
+@triton.constexpr_function
+def _shuffle_asm(row):
+    # The lanes of a row are four; 0x31f: each lane takes from that with its own two lowest bits.
+    return f"shfl.sync.idx.b32 $0, $1, {4 * row}, 0x31f, -1;"
 
 
 @triton.jit
-def rows_of(even, odd, mask):
-    """(even, odd) [R, T / 2], the even and the odd columns of a tile, with zeros in the rows where `mask` [R] is false."""
-    if INTERPRET or even.dtype == tl.float32:
-        return tl.where(mask[:, None], even, 0.0), tl.where(mask[:, None], odd, 0.0)
-    else:
-        one_one = tl.where(mask, 0x3C003C00, 0)  # times 1, not AND: the pipe of logic is the busiest
-        return tl.inline_asm_elementwise(
-            _PRODUCTS, "=h,=h,h,h,r", [even, odd, one_one[:, None]], dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
-        )  # fmt: skip
+def of_row(x, ROW: tl.constexpr):
+    """`x` [T, R], T <= 8, fp32 and the result of a product, with its row ROW in all rows. As `transposed` does, it relies on
+    the layout that the product gives it."""
+    return tl.inline_asm_elementwise(_shuffle_asm(ROW), "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -246,19 +193,6 @@ def stored_zero(zero, scale, BITS: tl.constexpr):
     else:
         return tl.inline_asm_elementwise(
             _zeros_asm(BITS), "=&r,=&r,r,r", [scale, zero], dtype=tl.float16, is_pure=False, pack=4
-        )
-
-
-@triton.jit
-def ones_but(x, rows):
-    """`x` [R, T], fp16, with ones in all but these rows."""
-    if INTERPRET:
-        return tl.where(rows[:, None], x, 1.0)
-    else:
-        kept = tl.where(rows, -1, 0)[:, None]
-        one = tl.where(rows, 0, 0x3C003C00)[:, None]
-        return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, $4, 0xEA;", "=r,r,r,r,r,r", [x, kept, one], dtype=tl.float16, is_pure=True, pack=2
         )
 
 

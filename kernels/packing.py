@@ -22,7 +22,9 @@ A group of `group` values shares one scale and one zero. Its values lie along to
     token    scale, zero [..., blocks, BLOCK / group, head_dim]
     channel  scale, zero [..., blocks, head_dim / group, BLOCK]
 
-A scale and a zero have 16 bits each, or 8: then a scale is the upper byte of a positive fp16 number without its sign, five
+A scale and a zero are fp16 numbers, whatever the values are: what products take them as, and three bits more of mantissa than
+bf16. Values beyond their range saturate at a zero of 65504 on either side and a step of as much; below it a zero and a step are
+multiples of 2**-24. Or they have 8 bits each: then a scale is the upper byte of a positive fp16 number without its sign, five
 bits of exponent and three of mantissa, and a zero counts parts of a step, `scale * (byte - 128) / zero_parts(bits)`. Codes
 are fitted to both as stored, and few of them fit a bell curve no worse for a range that is a few percent off: the error of
 Gaussian values at 2 bits grows by 0.1 to 0.3%. Steps are from 2**-17 to 61440. Where values lie further than 15 steps from zero
@@ -53,12 +55,9 @@ def words(bits: int) -> int:
     return BLOCK * bits // WORD_BITS
 
 
-def metadata_dtype(dtype: torch.dtype, bits: int, metadata_bits: int = 16) -> torch.dtype:
-    """The dtype of scales and zeros: uint8, or of 16 bits with at least the range of `dtype`, so that none can overflow.
-    8-bit codes, which a range a few percent off would hurt, always have the latter."""
-    if metadata_bits == 8 and bits < 8:
-        return torch.uint8
-    return torch.float16 if dtype == torch.float16 else torch.bfloat16
+def metadata_dtype(bits: int, metadata_bits: int = 16) -> torch.dtype:
+    """The dtype of scales and zeros. 8-bit codes, which a range a few percent off would hurt, always have 16 bits of it."""
+    return torch.uint8 if metadata_bits == 8 and bits < 8 else torch.float16
 
 
 FP16_MAX = 65504.0
@@ -80,7 +79,7 @@ def zero_parts(bits: int) -> float:
 
 def largest_metadata(dtype: torch.dtype) -> float:
     """Of scales, and of zeros before they are rounded, stored in `dtype`."""
-    return 61440.0 if dtype == torch.uint8 else torch.finfo(dtype).max
+    return 61440.0 if dtype == torch.uint8 else FP16_MAX
 
 
 def _scale_byte(scale: Tensor) -> Tensor:
@@ -152,7 +151,7 @@ def quantize(
             no second error.
         scale, zero: [..., blocks, BLOCK / group, head_dim] or [..., blocks, head_dim / group, BLOCK].
     """
-    dtype = metadata_dtype(x.dtype, bits, metadata_bits)
+    dtype = metadata_dtype(bits, metadata_bits)
     dim = -2 if axis == "token" else -1
     top = 2**bits - 1
     values = _grouped(x.float(), group, axis)
@@ -191,11 +190,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int
     if axis == "channel":
         scale, zero = scale.transpose(-1, -2), zero.transpose(-1, -2)
     dim = -2 if axis == "token" else -1
-    # In halves: near the top of the range, code * scale alone would overflow.
-    half_scale, half_zero = (meta.unsqueeze(dim) / 2 for meta in (scale, zero))
-    halves = _grouped(codes.float(), group, axis) * half_scale + half_zero
-    limit = torch.finfo(torch.float32).max / 2
-    return (halves.clamp(-limit, limit) * 2).reshape(codes.shape)
+    return (_grouped(codes.float(), group, axis) * scale.unsqueeze(dim) + zero.unsqueeze(dim)).reshape(codes.shape)
 
 
 def to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:

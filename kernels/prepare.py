@@ -9,7 +9,9 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from .attention import _row_offset
 from .jit import LOG2E, exp2i, exponent, round_to, to_fp32
 from .state import STATE_COLUMNS
-from .tier import LEAST
+
+LEAST = tl.constexpr(-100)
+"""A query's exponent is taken as at least this."""
 
 
 @triton.jit(do_not_specialize=["batch", "rotated", "length"])

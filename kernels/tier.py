@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .jit import (
     CODE_EXPONENT,
+    INTERPRET,
     LOG2E,
     MOST_NOISE,
     code_position,
@@ -19,14 +20,12 @@ from .jit import (
     length_of,
     log2,
     next_power_of_2,
-    ones_but,
+    of_row,
     pinned,
-    rows_of,
     stored_scale,
     stored_zero,
     tile_rows,
-    times_scale,
-    to_fp16,
+    times,
     to_fp32,
     together,
     transposed,
@@ -44,20 +43,18 @@ from .jit import (
 # MOST_NOISE.
 #
 # so that codes enter the matrix products as they are, and scales touch q and p only, which are far smaller. q comes
-# normalised to at most 1 by a power of two and p s is kept near 2**15, by the running exponent of s: fp16 operands
+# normalised to at most 1 by a power of two, and p is kept as large as the running exponent of s allows: fp16 operands
 # neither overflow nor lose their small values.
 
-P_EXPONENT = tl.constexpr(7)
-"""p <= 2**P_EXPONENT as an operand."""
+MOST_EXPONENT = tl.constexpr(14)
+"""Probabilities and scales: 2**p * 2**s < 2**(MOST_EXPONENT + 1) of the largest p and the largest s, so that their product fits
+in fp16."""
 
-S_EXPONENT = tl.constexpr(7)
-"""scale < 2**(S_EXPONENT + 1) where it is folded into p, so that the product fits in fp16."""
+LEAST_SIZE = tl.constexpr(-1)
+"""Exponents of all scales are taken as at least this, so that probabilities fit, too."""
 
 LOWEST = tl.constexpr(-1e30)
 """Stands for the maximum of no logits."""
-
-LEAST = tl.constexpr(-100)
-"""Exponents of all scales are taken as at least this."""
 
 
 @triton.jit
@@ -81,6 +78,18 @@ def _row(x, i):
 
 
 @triton.jit
+def _spread(x, ROW: tl.constexpr, T: tl.constexpr):
+    """Row ROW of a product [8, ROWS], or of one with fewer rows, as a tile [T, ROWS], or as one row."""
+    if x.shape[0] == 1:
+        return x
+    elif INTERPRET:
+        return _row(x, ROW)[None, :]
+    else:
+        rows = tl.broadcast_to(of_row(x, ROW)[None, :, :], [T // x.shape[0], x.shape[0], x.shape[1]])
+        return tl.reshape(rows, [T, x.shape[1]])
+
+
+@triton.jit
 def _side(ROWS: tl.constexpr, SIDES: tl.constexpr):
     """The side of each column of ROWS."""
     return tl.arange(0, ROWS) // (ROWS // SIDES)
@@ -98,42 +107,68 @@ def _sides_added(x, SIDES: tl.constexpr):
 
 
 @triton.jit
-def _squares(tiles):
-    """The sum of squares of each column [R] of all tiles [T, R], by products with ones: of fp16 numbers, so that above 255 all
+def _squares(x):
+    """The sums of squares of a tile's columns, [1, R], by a product with ones: of fp16 numbers, so that above 255 all
     count as inf, or, in fp32, as 255."""
-    T: tl.constexpr = tiles[0].shape[0]
-    sums = tl.zeros([1, tiles[0].shape[1]], tl.float32)
-    for i in tl.static_range(len(tiles)):
-        x = tiles[i]
-        if x.dtype == tl.float32:
-            x = tl.minimum(tl.maximum(x, -255.0), 255.0)
-        sums = _dot_codes(tl.full([1, T], 1.0, tl.float16), x * x, sums)
-    return _row(sums, 0)
+    if x.dtype == tl.float32:
+        x = tl.minimum(tl.maximum(x, -255.0), 255.0)
+    return _sums(x * x, tl.zeros([1, x.shape[1]], tl.float32))
 
 
 @triton.jit
-def _key_scales(SCALE, channel, real, COPIES: tl.constexpr):
-    """fp16 [DP]. Rows of less than 128 bytes are loaded as COPIES of themselves: what is copied to shared memory while others
-    compute are four bytes of each thread, at least, and all else would be waited for."""
-    if COPIES == 1:
-        return to_fp16(stored_scale(tl.load(SCALE + channel, mask=real, other=0)))
+def _sums(x, acc):
+    """acc [1, R] + the sums of a tile's columns, by a product with ones."""
+    return _dot_codes(tl.full([1, x.shape[0]], 1.0, tl.float16), x, acc)
+
+
+@triton.jit
+def _scales_at(SCALE, N: tl.constexpr, REAL: tl.constexpr, SIDES: tl.constexpr, STRIDE: tl.constexpr):
+    """fp16 [N, SIDES]: the scales of N contracted places, of which REAL are there; a side's are STRIDE behind the last one's."""
+    side = tl.arange(0, SIDES) * STRIDE
+    if SCALE.dtype.element_ty != tl.uint8:
+        # An operand's thread has pairs of places, eight apart. Loaded in an order in which its pairs are neighbours, so that
+        # it gets four of them by one instruction, and none that is not its own.
+        PAIRS: tl.constexpr = min(4, N // 8)
+        place = tl.arange(0, N // (8 * PAIRS))[:, None, None, None] * (8 * PAIRS) + tl.arange(0, 4)[None, :, None, None] * 2
+        place += tl.arange(0, PAIRS)[None, None, :, None] * 8 + tl.arange(0, 2)[None, None, None, :]
+        place = place[None, :, :, :, :]
+        scale = tl.load(SCALE + place + side[:, None, None, None, None], mask=place < REAL, other=0)
+        return tl.reshape(tl.permute(scale, (1, 3, 2, 4, 0)), [N, SIDES])
     else:
-        copy = tl.arange(0, COPIES)[:, None] * 0
-        scale = tl.load(SCALE + channel[None, :] + copy, mask=real[None, :], other=0)
-        return tl.reduce(stored_scale(scale), 0, first)
+        # Rows of less than 128 bytes are loaded as copies of themselves: what is copied to shared memory while others compute
+        # are four bytes of each thread, at least, and all else would be waited for.
+        place = tl.arange(0, N)[None, None, :]
+        copy = tl.arange(0, max(128 // (N * SIDES), 1))[:, None, None] * 0
+        scale = stored_scale(tl.load(SCALE + place + copy + side[None, :, None], mask=place < REAL, other=0))
+        return tl.trans(tl.reduce(scale, 0, first))
+
+
+@triton.jit
+def _scaled(x, scale):
+    """An operand [N, ROWS] times the scales [N, SIDES] of its places and its columns' sides."""
+    shape: tl.constexpr = [scale.shape[0], scale.shape[1], x.shape[1] // scale.shape[1]]
+    return tl.reshape(times(tl.reshape(x, shape), scale[:, :, None]), x.shape)
+
+
+@triton.jit
+def _by_side(tiles, ROWS: tl.constexpr):
+    """Of each column of tiles [T, ROWS] that of its side's tile."""
+    out = tiles[0]
+    for side in tl.static_range(1, len(tiles)):
+        out = tl.where((_side(ROWS, len(tiles)) == side)[None, :], tiles[side], out)
+    return out
 
 
 @triton.jit
 def _logits_token_groups(
     q, CODES, SCALE, ZERO, factor, D: tl.constexpr, DP: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    NOISE: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, ROWS: tl.constexpr, SIDES: tl.constexpr,
+    BLOCK: tl.constexpr, NOISE: tl.constexpr,
 ):  # fmt: skip
-    """Logits of one block, base 2: a tuple of tiles [TILE, ROWS], tokens of each side ascending. `q` is [DP, ROWS] for each
-    side, with zeros in the columns of others."""
-    SIDES: tl.constexpr = len(q)
+    """Logits of one block, base 2: a tuple of tiles [TILE, ROWS], tokens of each side ascending. `q` is [DP, ROWS]."""
     STEPS: tl.constexpr = SLICES // SIDES  # slices of a side
     GROUPS: tl.constexpr = BLOCK // GROUP
+    APART: tl.constexpr = STEPS * WORDS // GROUP  # groups from one side to the next
     COPIES: tl.constexpr = max(128 // DP, 1) if SCALE.dtype.element_ty == tl.uint8 else 1
     channel = tl.arange(0, DP)
     token = tl.arange(0, TILE)
@@ -143,12 +178,10 @@ def _logits_token_groups(
         word_ptr = CODES + (part * TILE + token)[:, None] * D + channel[None, :]
         tiles = tiles + (tl.load(word_ptr, mask=real[None, :], other=0),)
     place = tl.minimum(tl.arange(0, max(GROUPS, COPIES)), GROUPS - 1)[:, None] * D + channel[None, :]
-    scale = tl.load(SCALE + place, mask=real[None, :], other=0)
-    zero = to_fp16(stored_zero(tl.load(ZERO + place, mask=real[None, :], other=0), scale, BITS))
-    offsets = _dot_codes(zero, q[0], tl.zeros([zero.shape[0], ROWS], tl.float32)) * factor[None, :]
-    if SIDES > 1:  # the columns of the first side have them
-        of_rows = tl.broadcast_to(_sides_added(offsets, SIDES)[:, None, :], [zero.shape[0], SIDES, ROWS // SIDES])
-        offsets = tl.reshape(of_rows, [zero.shape[0], ROWS])
+    zero = tl.load(ZERO + place, mask=real[None, :], other=0)
+    if ZERO.dtype.element_ty == tl.uint8:
+        zero = stored_zero(zero, tl.load(SCALE + place, mask=real[None, :], other=0), BITS)
+    offsets = _dot_codes(zero, q, tl.zeros([zero.shape[0], ROWS], tl.float32)) * factor[None, :]
     logits = ()
     for i in tl.static_range(STEPS):
         unit = factor * (2.0 ** (CODE_EXPONENT - code_position(i * BITS, BITS)))
@@ -157,22 +190,20 @@ def _logits_token_groups(
             unit = tl.where(_side(ROWS, SIDES) == side, factor * power, unit)
         for part in tl.static_range(WORDS // TILE):
             if (i * WORDS + part * TILE) % GROUP == 0:
-                folded = ()
-                offset = _row(offsets, (i * WORDS + part * TILE) // GROUP)
+                scale = SCALE + (i * WORDS + part * TILE) // GROUP * D
+                folded = _scaled(q, _scales_at(scale, DP, D, SIDES if APART > 0 else 1, APART * D))
+                offset = ()
                 for side in tl.static_range(SIDES):
-                    group = ((side * STEPS + i) * WORDS + part * TILE) // GROUP
-                    scale = _key_scales(SCALE + group * D, channel, real, COPIES)
-                    folded = folded + (q[side] * scale.to(q[side].dtype)[:, None],)
-                    if side > 0:
-                        offset = tl.where(_side(ROWS, SIDES) == side, _row(offsets, group), offset)
+                    offset = offset + (_spread(offsets, (i * WORDS + part * TILE) // GROUP + side * APART, TILE),)
+                offset = _by_side(offset, ROWS)
                 if NOISE > 0:
-                    noise = _squares(folded) * (factor * factor) * (NOISE / LOG2E)
+                    noise = _squares(folded) * (factor * factor * (NOISE / LOG2E))[None, :]
                     offset -= tl.minimum(noise, MOST_NOISE * LOG2E)
-            products = tl.zeros([TILE, ROWS], tl.float32)
+            products = ()
             for side in tl.static_range(SIDES):
                 codes = codes_at(tiles[part], (side * STEPS + i) * BITS, BITS)
-                products = _dot_codes(codes, folded[side], products)
-            logits = logits + (products * unit[None, :] + offset[None, :],)
+                products = products + (_dot_codes(codes, folded, tl.zeros([TILE, ROWS], tl.float32)),)
+            logits = logits + (_by_side(products, ROWS) * unit[None, :] + offset,)
     return logits
 
 
@@ -240,44 +271,29 @@ def _halves(tiles):
 
 
 @triton.jit
-def _operand(even, odd):
-    """Even and odd columns as the second operand of a product: [columns, ROWS]."""
+def _operand(tiles):
+    """Tiles [ROWS, T], side by side, as the second operand of a product: [columns, ROWS]."""
+    even, odd = _halves(tiles)
     both = tl.reshape(tl.join(even, odd), [even.shape[0], 2 * even.shape[1]])
     return pinned(tl.trans(both))
+
+
+@triton.jit
+def _query(q_ptr, mask, DP: tl.constexpr):
+    """fp16 [DP, ROWS], where the threads of a product's second operand have it, before the loop: by products with ones."""
+    inner = tl.arange(0, 16)
+    one = (inner[:, None] == inner[None, :]).to(tl.float16)
+    tiles = ()
+    for i in tl.static_range(0, DP, 16):
+        part = tl.load(q_ptr[None, :] + (i + inner)[:, None], mask=mask[None, :], other=0.0)
+        tiles = tiles + (transposed(tl.dot(one, part).to(tl.float16)),)
+    return _operand(tiles)
 
 
 @triton.jit
 def finite_max(m):
     """`m`, or something finite where nothing was seen yet, so that exp2(-inf - m) is 0 and not NaN."""
     return tl.maximum(m, LOWEST)
-
-
-@triton.jit
-def _fold(even, odd, scale, weight):
-    """Probabilities [ROWS, BLOCK / 2] of even and odd tokens, times the scale [SIDES, BLOCK] of the token of the row's
-    side, times a power of two."""
-    if even.dtype == tl.float32:
-        SIDES: tl.constexpr = scale.shape[0]
-        shape: tl.constexpr = [SIDES, even.shape[0] // SIDES, even.shape[1]]
-        scale_even, scale_odd = tl.split(tl.reshape(to_fp32(scale) * weight, [SIDES, even.shape[1], 2]))
-        even = tl.reshape(tl.reshape(even, shape) * scale_even[:, None, :], even.shape)
-        return even, tl.reshape(tl.reshape(odd, shape) * scale_odd[:, None, :], odd.shape)
-    else:
-        return times_scale(even, odd, scale, weight)
-
-
-@triton.jit
-def _operands(even, odd, SIDES: tl.constexpr, TOGETHER: tl.constexpr):
-    """Even and odd columns [ROWS, BLOCK / 2] as operands: of each side those of its rows alone, but one if the codes of all
-    sides are multiplied together."""
-    operands = ()
-    if SIDES == 1 or TOGETHER:
-        operands = operands + (_operand(even, odd),)
-    else:
-        for side in tl.static_range(SIDES):
-            even_here, odd_here = rows_of(even, odd, _side(even.shape[0], SIDES) == side)
-            operands = operands + (_operand(even_here, odd_here),)
-    return operands
 
 
 @triton.jit
@@ -334,25 +350,23 @@ def attend_tier(
     # Tokens per tile: a slice of a word tile, or a part of one so that no tile spans two token groups.
     K_TILE: tl.constexpr = min(K_GROUP if K_TOKEN_AXIS else 16, WORDS)
     GROUPS: tl.constexpr = D // V_GROUP
-    Z_ROWS: tl.constexpr = next_power_of_2(SIDES * GROUPS + 1)
+    Z_ROWS: tl.constexpr = next_power_of_2(SIDES * GROUPS)
     LOADS: tl.constexpr = value_loads(CHUNKS, V_GROUP, SLICES)
     TILES: tl.constexpr = value_tiles(CHUNKS, V_GROUP, SLICES)
-    token = tl.arange(0, SIDES)[:, None] * (BLOCK // SIDES) + tl.arange(0, BLOCK // SIDES)[None, :]
     z_row = tl.arange(0, Z_ROWS)
-    q = ()
-    for side in tl.static_range(SIDES):
-        if K_TOKEN_AXIS:
-            inner = tl.arange(0, DP)[:, None]
-            mask = (real & (_side(ROWS, SIDES) == side))[None, :]
-            q = q + (tl.load(q_ptr[None, :] + inner, mask=mask, other=0.0),)
-        else:
-            inner = tl.arange(0, DP // K_GROUP)[:, None, None] * K_GROUP + tl.arange(0, K_GROUP)[None, :, None]
-            q = q + (tl.load(q_ptr[None, None, :] + inner, mask=real[None, None, :], other=0.0),)
+    if not K_TOKEN_AXIS:
+        inner = tl.arange(0, DP // K_GROUP)[:, None, None] * K_GROUP + tl.arange(0, K_GROUP)[None, :, None]
+        q = tl.load(q_ptr[None, None, :] + inner, mask=real[None, None, :], other=0.0)
+    elif EXACT:
+        q = tl.load(q_ptr[None, :] + tl.arange(0, DP)[:, None], mask=real[None, :], other=0.0)
+    else:
+        q = _query(q_ptr, real, DP)
 
     m = tl.full([ROWS], -float("inf"), tl.float32)
-    # sum_t p_t z_tg of a side's group g in row (side * GROUPS + g), sum_t p_t in the next
+    total = tl.zeros([1, ROWS], tl.float32)  # sum_t p_t
+    # sum_t p_t z_tg of a side's group g in row (side * GROUPS + g)
     zeros = tl.zeros([Z_ROWS, ROWS], tl.float32)
-    size = tl.full([], LEAST, tl.int32)  # the largest exponent of a value scale yet
+    size = tl.full([], LEAST_SIZE, tl.int32)  # the largest exponent of a value scale yet
     out = ()
     for i in tl.static_range(length_of(TILES)):
         out = out + (tl.zeros([tile_rows(entry(LOADS, entry(TILES, i, 2), 1), SIDES), ROWS], tl.float32),)
@@ -371,38 +385,37 @@ def attend_tier(
         k_zero = K_ZERO + at * K_META
         if K_TOKEN_AXIS:
             logits = _logits_token_groups(
-                q, k_codes, k_scale, k_zero, factor, D, DP, WORDS, K_TILE, BITS, K_GROUP, SLICES, ROWS, BLOCK, NOISE
+                q, k_codes, k_scale, k_zero, factor, D, DP, WORDS, K_TILE, BITS, K_GROUP, SLICES, ROWS, SIDES, BLOCK, NOISE
             )
         else:
             logits = _logits_channel_groups(
-                q[0], k_codes, k_scale, k_zero, factor, D, DP, WORDS, K_TILE, BITS, K_GROUP, SLICES, ROWS, BLOCK
+                q, k_codes, k_scale, k_zero, factor, D, DP, WORDS, K_TILE, BITS, K_GROUP, SLICES, ROWS, BLOCK
             )
-        v_scale = V_SCALE + at * (GROUPS * BLOCK) + token
+        v_scale = V_SCALE + at * (GROUPS * BLOCK)
         scales = ()
         for group in tl.static_range(GROUPS):
-            scales = scales + (stored_scale(tl.load(v_scale + group * BLOCK)),)
+            scales = scales + (_scales_at(v_scale + group * BLOCK, BLOCK // SIDES, BLOCK, SIDES, BLOCK // SIDES),)
 
         z_group = tl.minimum(z_row, SIDES * GROUPS - 1)
         z_place = z_group % GROUPS * BLOCK + z_group // GROUPS * (BLOCK // SIDES)
         z_place = z_place[:, None] + tl.arange(0, BLOCK // SIDES)[None, :]
         z = tl.load(V_ZERO + at * (GROUPS * BLOCK) + z_place)
-        z = to_fp16(stored_zero(z, tl.load(V_SCALE + at * (GROUPS * BLOCK) + z_place), BITS))
-        z = ones_but(z, z_row < SIDES * GROUPS)
-
+        if V_ZERO.dtype.element_ty == tl.uint8:
+            z = stored_zero(z, tl.load(v_scale + z_place), BITS)
         m_new = tl.maximum(m, tl.max(_largest(logits), 0))
         top = finite_max(m_new)
-        decay = tl.exp2(m - top)
-        m = m_new
         size_new = tl.maximum(size, exponent(tl.max(to_fp32(_largest(scales)))))
-        out_decay = decay * exp2i(size - size_new)
+        decay = tl.exp2(m - top) * exp2i(size - size_new)
+        m = m_new
         size = size_new
+        lift = (-size + MOST_EXPONENT).to(tl.float32)
         probs = ()
         for i in tl.static_range(len(logits)):
-            p = tl.exp2(logits[i] - (top - P_EXPONENT)[None, :])
+            p = tl.exp2(logits[i] - (top - lift)[None, :])
             probs = probs + (tl.trans(pinned(p)) if EXACT else transposed(p.to(tl.float16)),)
-        even, odd = _halves(probs)
-        zeros = _dot_codes(z, _operand(even, odd), zeros * decay[None, :])
-        weight = exp2i(-size + S_EXPONENT)
+        p = _operand(probs)
+        total = _sums(p, total * decay[None, :])
+        zeros = _dot_codes(z, p, zeros * decay[None, :])
         v_words = V_CODES + at * (WORDS * D)
         loads = ()
         for i in tl.static_range(length_of(LOADS)):
@@ -411,13 +424,17 @@ def attend_tier(
         added = ()
         for i in tl.static_range(length_of(TILES)):
             if differ(TILES, i, 0, V_GROUP):
-                even_folded, odd_folded = _fold(even, odd, scales[entry(TILES, i, 0) // V_GROUP], weight)
-            if differ(TILES, i, 0, V_GROUP) or differ(TILES, i, 2, 1):
-                folded = _operands(even_folded, odd_folded, SIDES, together(entry(LOADS, entry(TILES, i, 2), 1), SIDES))
-            sums = out[i] * out_decay[None, :]
-            for side in tl.static_range(len(folded)):
-                codes = codes_at(loads[entry(TILES, i, 2) * SIDES + side], entry(TILES, i, 1) * BITS, BITS)
-                sums = _dot_codes(codes, folded[side], sums)
+                folded = _scaled(p, scales[entry(TILES, i, 0) // V_GROUP])
+            sums = out[i] * decay[None, :]
+            if SIDES == 1 or together(entry(LOADS, entry(TILES, i, 2), 1), SIDES):
+                codes = codes_at(loads[entry(TILES, i, 2) * SIDES], entry(TILES, i, 1) * BITS, BITS)
+                sums = _dot_codes(codes, folded, sums)
+            else:
+                products = ()
+                for side in tl.static_range(SIDES):
+                    codes = codes_at(loads[entry(TILES, i, 2) * SIDES + side], entry(TILES, i, 1) * BITS, BITS)
+                    products = products + (_dot_codes(codes, folded, tl.zeros(sums.shape, tl.float32)),)
+                sums += _by_side(products, ROWS)
             added = added + (sums,)
         out = added
 
@@ -428,13 +445,13 @@ def attend_tier(
         top = tl.max(tl.reshape(m, [SIDES, ROWS // SIDES]), 0)
         of_each = tl.broadcast_to(finite_max(top)[None, :], [SIDES, ROWS // SIDES])
         weight = tl.exp2(m - tl.reshape(of_each, [ROWS]))
+    down = exp2i(size - MOST_EXPONENT)
     for i in tl.static_range(length_of(TILES)):
-        # Two factors: their product could overflow.
-        part = out[i] * (2.0 ** (CODE_EXPONENT - code_position(entry(TILES, i, 1) * BITS, BITS) - P_EXPONENT - S_EXPONENT))
-        part = _own_side(part * exp2i(size), SIDES, together(entry(LOADS, entry(TILES, i, 2), 1), SIDES))
-        part += _sums_of_group(zeros, entry(TILES, i, 0) // V_GROUP, SIDES, GROUPS)[None, :] * 2.0**-P_EXPONENT
+        part = out[i] * (2.0 ** (CODE_EXPONENT - code_position(entry(TILES, i, 1) * BITS, BITS)))
+        part = _own_side(part, SIDES, together(entry(LOADS, entry(TILES, i, 2), 1), SIDES))
+        part += _sums_of_group(zeros, entry(TILES, i, 0) // V_GROUP, SIDES, GROUPS)[None, :]
         channel = entry(TILES, i, 0) + tl.arange(0, part.shape[0])
-        tl.store(OUT[None, :] + channel[:, None], _sides_added(part * weight[None, :], SIDES), mask=real[None, :])
-    total = _sides_added(_row(zeros, SIDES * GROUPS) * weight, SIDES) * (2.0**-P_EXPONENT)
+        tl.store(OUT[None, :] + channel[:, None], _sides_added(part * down * weight[None, :], SIDES), mask=real[None, :])
+    total = _sides_added(_row(total, 0) * down * weight, SIDES)
     tl.store(OUT + D, top, mask=real)
     tl.store(OUT + D + 1, total, mask=real)

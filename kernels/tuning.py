@@ -90,18 +90,20 @@ class AttendTuning:
 
 
 def attend_tuning(
-    head_dim: int, itemsize: int, block_bytes: float = 0, query_rows: int = 2**31, free_columns: bool = False
+    head_dim: int, itemsize: int, block_bytes: float = 0, query_rows: int = 2**31, free_columns: bool = False, folds: float = 0
 ) -> AttendTuning:
     """By bytes of a head, as it enters the dense region's products, and of a tier block, keys and values; by query rows
-    of all heads and batch rows; by whether those of one KV head leave half of a product's columns free (`free_columns`)."""
+    of all heads and batch rows; by whether those of one KV head leave half of a product's columns free (`free_columns`); by
+    how many operands a block's scales are folded into (`folds`)."""
     # Output, q and words grow with the head: fewer rows and tokens at once, or they would not fit in registers.
     wide = {} if head_dim * itemsize <= 256 else dict(rows=8, unit=16, merge=((FEW_ROWS, 1, 32, 64), (None, 16, 32, 4)))
     # A third stage hides the wait for memory, a fifth of the loop without it, where eight programs still fit. Programs
     # with a few blocks each gain nothing by a longer start, unless blocks are small (64 channels at 2 bits).
     most = 10 if query_rows > FEW_ROWS and head_dim * itemsize <= 256 else 5  # KiB
-    # Value words of 64 channels at 2 bits have 8 rows, half of an operand, which a second side's fill. Larger blocks gain
-    # nothing by two sides (within 4% at 128 channels, 6% slower at 4 bits).
-    sides = 2 if free_columns and 0 < block_bytes <= 5 * 1024 else 1
+    # Value words of 64 channels at 2 bits have 8 rows, half of an operand, which a second side's fill. Of many groups, two
+    # meet in the columns of one fold. Larger blocks of few groups gain nothing by two sides (within 4% at 128 channels, 6%
+    # slower at 4 bits).
+    sides = 2 if free_columns and block_bytes > 0 and (block_bytes <= 5 * 1024 or folds >= 8) else 1
     third = 0 < block_bytes <= most * 1024
     stages = 3 if third else 2
     # Besides blocks, about what operands need on their way from one layout to another.
@@ -116,11 +118,11 @@ def merge_tuning(rows: int, tuning: AttendTuning) -> tuple[int, int, int]:
 
 
 def template_tunings(
-    head_dim: int, itemsize: int, block_bytes: float, query_rows: int, free_columns: bool, measure: bool
+    head_dim: int, itemsize: int, block_bytes: float, query_rows: int, free_columns: bool, folds: float, measure: bool
 ) -> list[AttendTuning]:
     """What Inductor chooses from in a compiled graph: the table's choice, and where it is to measure
     (`mode="max-autotune"`) also what came near it on some shape. Not more: each takes seconds to compile."""
-    table = attend_tuning(head_dim, itemsize, block_bytes, query_rows, free_columns)
+    table = attend_tuning(head_dim, itemsize, block_bytes, query_rows, free_columns, folds)
     if not measure:
         return [table]
     others = [
@@ -132,8 +134,10 @@ def template_tunings(
 
 ATTEND_VARIANTS: dict[str, dict[str, object]] = {
     "sides1": dict(sides=1),
+    "sides2": dict(sides=2),
     "stages2": dict(stages=2),
     "stages3": dict(stages=3),
+    "stages3-programs6": dict(stages=3, programs=6),
     "programs4": dict(programs=4),
     "programs5": dict(programs=5),
     "programs12-reg168": dict(programs=12, registers=168, stages=2),  # about 150 bytes of spills

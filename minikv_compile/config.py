@@ -8,8 +8,6 @@ import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-import torch
-
 from .budget import LAYER_BUDGETS
 from .kernels.packing import BLOCK, metadata_dtype, value_group
 from .policy import KEEP_ALL, POLICIES, Policy, check_policy
@@ -268,7 +266,7 @@ class MiniKVConfig:
         """Of a number with codes of `bits` bits, metadata included, where heads have 128 channels."""
         if bits == 16:
             return 16
-        return bits + 2 * 8 * metadata_dtype(torch.bfloat16, bits, self.metadata_bits).itemsize / self.value_group(128)
+        return bits + 2 * 8 * metadata_dtype(bits, self.metadata_bits).itemsize / self.value_group(128)
 
     @property
     def room(self) -> int:

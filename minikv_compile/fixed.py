@@ -55,10 +55,10 @@ def allocate(
         behind = least_pinned(config) + config.window
         tokens = max_length if stored is None else min(max_length, max(stored, behind) + 2 * BLOCK)
         blocks = max(tokens - behind, BLOCK) // BLOCK
-        shapes = ops.tier_tensors(config, role, blocks, dim, config.bits, dtype)
+        shapes = ops.tier_tensors(config, role, blocks, dim, config.bits)
         if config.two_tiers:
             blocks = max(config.important_tokens(max_length) // BLOCK, MIN_BLOCKS)
-            shapes += ops.tier_tensors(config, role, blocks, dim, config.important_bits, dtype)
+            shapes += ops.tier_tensors(config, role, blocks, dim, config.important_bits)
         made = [torch.zeros(*lead, *shape, dtype=t, device=device) for shape, t in shapes]
         made += [torch.ones(*lead, dim, device=device)] * (config.balances and role == "key")
         capacity = config.pinned(config.important_tokens(max_length)) + config.room

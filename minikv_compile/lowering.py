@@ -106,7 +106,8 @@ def _decode(
         )
         for tuning in template_tunings(
             triton.next_power_of_2(dim), q.get_dtype().itemsize, block, batch * heads * n,
-            attend.free_columns(heads // int(k.get_size()[1]) * n, k_axis), compat.measures(),
+            attend.free_columns(heads // int(k.get_size()[1]) * n, k_axis), attend.folds(dim, k_group, v_group),
+            compat.measures(),
         )
     ]  # fmt: skip
     to, length = variants[0], length + n

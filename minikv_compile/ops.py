@@ -298,7 +298,7 @@ def _(k, v, scores, order, lengths, layer, layers, config, q_range=None, q_momen
         }
         for prefix, bits, size in (("", settings.bits, blocks), ("important_", settings.important_bits, important_blocks)):
             if bits < 16 and settings.bits < 16:
-                tensors = tier_tensors(settings, role, size, dim, bits, x.dtype)
+                tensors = tier_tensors(settings, role, size, dim, bits)
                 made |= {prefix + name: tensor for name, tensor in zip(("codes", "scale", "zero"), tensors, strict=True)}
         for name in fields(settings, role, lengths is not None):
             if name == "state":
@@ -310,13 +310,13 @@ def _(k, v, scores, order, lengths, layer, layers, config, q_range=None, q_momen
 
 
 def tier_tensors(
-    config: MiniKVConfig, role: str, blocks: int, dim: int, bits: int, dtype: torch.dtype
+    config: MiniKVConfig, role: str, blocks: int, dim: int, bits: int
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shapes, without batch and heads, and dtypes of codes, scale and zero (`kernels.packing`) of a tier."""
     group, axis = grouping(config, role, dim)
     width = words(bits)
     meta = (blocks, BLOCK // group, dim) if axis == "token" else (blocks, dim // group, BLOCK)
-    stored = metadata_dtype(dtype, bits, config.metadata_bits)
+    stored = metadata_dtype(bits, config.metadata_bits)
     return [((blocks, width, dim) if role == "key" else (blocks, dim, width), torch.int16), (meta, stored), (meta, stored)]
 
 

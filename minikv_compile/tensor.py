@@ -20,7 +20,7 @@ from .tiers import grouping, tier_names
 aten = torch.ops.aten
 SEQ = 2  # dimension of tokens, and of blocks
 
-FORMAT = 4
+FORMAT = 5
 """Version of the tensors and of what they mean, in files that hold a cache."""
 
 

@@ -336,7 +336,7 @@ def fake_quantize(x, axis):
     """Two bits in groups of 16 along the last dimension; `axis` 0 means that `x` came transposed."""
     groups = x.unflatten(-1, (-1, 16))
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    step, zero = ((high - low) / 3).bfloat16().float(), low.bfloat16().float()
+    step, zero = ((high - low) / 3).half().float(), low.half().float()
     result = (((groups - zero) / step).round().clamp(0, 3) * step + zero).flatten(-2)
     return result.T if axis == 0 else result
 

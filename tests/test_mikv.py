@@ -31,7 +31,7 @@ def quantized(x, bits, group):
     """Each token's channels in groups of `group`."""
     groups = x.unflatten(-1, (-1, group))
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    zero, step = low.bfloat16().float(), ((high - low) / (2**bits - 1)).bfloat16().float()
+    zero, step = low.half().float(), ((high - low) / (2**bits - 1)).half().float()
     return (((groups - zero) / step).round().clamp(0, 2**bits - 1) * step + zero).flatten(-2)
 
 

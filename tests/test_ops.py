@@ -343,7 +343,7 @@ def important_by_hand(keys, packed, config):
 def metadata_by_hand(zero, step, config):
     """As they are stored."""
     if config.metadata_bits == 16 or config.bits == 8:
-        return zero.bfloat16().float(), step.bfloat16().float()
+        return zero.half().float(), step.half().float()
     parts = {2: 8, 4: 2}[config.bits]
     step = torch.maximum(step, zero.abs() * parts / 119).half().float()
     last_place = 2.0 ** (step.log2().floor() - 3)

@@ -308,7 +308,7 @@ def test_a_file_of_another_format(monkeypatch):
     torch.save(kv, file)
     monkeypatch.undo()
     file.seek(0)
-    with pytest.raises(ValueError, match="saved in format 99: this version of minikv_compile reads 4"):
+    with pytest.raises(ValueError, match="saved in format 99: this version of minikv_compile reads 5"):
         torch.load(file, weights_only=True)
 
 
