@@ -305,7 +305,7 @@ class KVTensor(DenseOnUse):
         Raises:
             ValueError: the rollback reaches further back than the unquantized window.
         """
-        removed, config, known = self.length - length, self.config, self.occupancy
+        removed, known = self.length - length, self.occupancy
         # The dense region holds the newest tokens behind the pinned ones, or all of a row without a tier.
         dense = min(
             self.length - offset - (pinned if blocks or important else 0)
