@@ -75,6 +75,21 @@ def settled(x: Any) -> Any:
     return x.node.shape_env.create_symintnode(x.node.expr, hint=x.node.hint)
 
 
+def is_dynamic(x: Tensor) -> bool:
+    """Whether a fake tensor has sizes or strides that are not the same for all inputs of its graph."""
+    return any(isinstance(size, torch.SymInt) for size in (*x.shape, *x.stride()))
+
+
+def hint(size: Any) -> int:
+    """What a size was when the graph was captured."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """`copy_` of each, in one launch."""
+    torch._foreach_copy_(targets, sources)
+
+
 @contextmanager
 def outside_inference_mode():
     """No gradients, and tensors that may be written in place later, inside inference mode and outside of it."""
