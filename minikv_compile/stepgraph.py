@@ -35,20 +35,22 @@ class Layout:
     held: tuple[int, ...]
     """The others."""
     dynamic: tuple[int, ...]
-    """Have sizes that may change."""
+    """Those of them whose sizes or strides may change."""
 
     @classmethod
     def of(cls, step: Any, placeholders: Sequence[Any]) -> Layout:
-        place = {node: i for i, node in enumerate(placeholders) if node is not step.lengths}
-        changing = [place[node] for node in place if compat.is_dynamic(node.meta["example_value"])]
-        fed = [place[node] for node in step.fed]
-        held = sorted({*place.values()} - {*fed})
-        return cls(tuple(place[node] for node in step.states), tuple(fed), tuple(held), tuple(changing))
+        place = {node: i for i, node in enumerate(placeholders)}
+        held = [node for node in placeholders if node is not step.lengths and node not in step.fed]
+        changing = [node for node in held if compat.is_dynamic(node.meta["example_value"])]
+        return cls(*(tuple(place[node] for node in nodes) for nodes in (step.states, step.fed, held, changing)))
 
     def now(self, inputs: Sequence[Tensor]) -> tuple[list, ...]:
         """What a captured step depends on, besides the values of its inputs."""
-        sized = [inputs[i] for i in self.dynamic]
-        return [inputs[i].data_ptr() for i in self.held], [x.shape for x in sized], [x.stride() for x in sized]
+        dynamic = [inputs[i] for i in self.dynamic]
+        return (
+            [inputs[i].data_ptr() for i in self.held], [x.shape for x in dynamic], [x.stride() for x in dynamic],
+            [inputs[i].shape for i in self.fed],
+        )  # fmt: skip
 
 
 class StepGraph:
@@ -84,7 +86,7 @@ class StepGraph:
             if not self._capture(inputs):
                 return self._run(inputs)
         for copy, i in zip(self._fed, self.layout.fed, strict=True):
-            copy.copy_(inputs[i])
+            _fill(copy, inputs[i])
         self._graph.replay()
         self._replays += 1
         # They lie in the graph's memory, where the next replay writes.
@@ -124,10 +126,11 @@ class StepGraph:
     def _capture(self, inputs: Sequence[Tensor]) -> bool:
         """Capture the step, which does not run it. Whether that could be done."""
         static = list(inputs)
-        self._fed = [inputs[i].clone() for i in self.layout.fed]
-        for i, copy in zip(self.layout.fed, self._fed, strict=True):
-            static[i] = copy
         try:
+            for i in self.layout.fed:
+                static[i] = torch.empty_strided(inputs[i].shape, inputs[i].stride(), dtype=inputs[i].dtype, device=inputs[i].device)
+                _fill(static[i], inputs[i])
+            self._fed = [static[i] for i in self.layout.fed]
             self._graph, self._outputs = capture(lambda: self._run(static), inputs[0].device, self._graph)
         except Exception as error:  # whatever a model does that a CUDA graph cannot hold: it runs without
             log.warning("a decode step stays without a CUDA graph: %s", error)
@@ -135,6 +138,14 @@ class StepGraph:
             return False
         self._replays = 0
         return True
+
+
+def _fill(copy: Tensor, x: Tensor) -> None:
+    """`copy_`, also where one number is in several places."""
+    for dim, stride in enumerate(copy.stride()):
+        if stride == 0:
+            copy, x = copy.narrow(dim, 0, 1), x.narrow(dim, 0, 1)
+    copy.copy_(x)
 
 
 def is_capturing(device: torch.device) -> bool:
