@@ -15,7 +15,7 @@ import sympy
 import torch
 import torch._dynamo
 from torch import Tensor
-from torch._dynamo import lookup_backend, maybe_mark_dynamic
+from torch._dynamo import lookup_backend
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource, ConstantSource, LocalSource, TensorProperty, TensorPropertySource
 from torch._dynamo.symbolic_convert import tls
@@ -48,9 +48,17 @@ def is_fake(x: Tensor) -> bool:
 
 
 def mark_dynamic(x: Tensor, dim: int) -> None:
-    """Let Dynamo treat this size as dynamic from the first compilation on."""
-    if dim not in getattr(x, "_dynamo_weak_dynamic_indices", ()):  # asked for in every step: marking takes 20 us
-        maybe_mark_dynamic(x, dim)
+    """Let Dynamo treat this size as dynamic from the first compilation on: `torch._dynamo.maybe_mark_dynamic` without the tensors
+    inside a subclass, which takes 20 us, and without the flag by which a guard of torch 2.13 looks for marks of other kinds."""
+    if is_marked(x):
+        x._dynamo_weak_dynamic_indices.add(dim)
+    else:
+        x._dynamo_weak_dynamic_indices = {dim}
+
+
+def is_marked(x: Tensor) -> bool:
+    """Whether a size of `x` was marked as dynamic."""
+    return "_dynamo_weak_dynamic_indices" in x.__dict__
 
 
 def mark_static(x: Tensor) -> None:
@@ -67,6 +75,21 @@ def settled(x: Any) -> Any:
     if not isinstance(x, torch.SymInt) or x.node._expr == x.node.expr:
         return x
     return x.node.shape_env.create_symintnode(x.node.expr, hint=x.node.hint)
+
+
+def is_dynamic(x: Tensor) -> bool:
+    """Whether a fake tensor has sizes or strides that are not the same for all inputs of its graph."""
+    return any(isinstance(size, torch.SymInt) for size in (*x.shape, *x.stride()))
+
+
+def hint(size: Any) -> int:
+    """What a size was when the graph was captured."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """`copy_` of each, in one launch."""
+    torch._foreach_copy_(targets, sources)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ class Occupancy:
         self.pinned = pinned  # tokens at the front of each row's dense region that no flush moves
         self.important = important  # tokens in each row's important tier
         self.oversized = False  # the dense region was enlarged for many new tokens at once
+        self.full: int | None = None  # the length up to which tokens can be written as it is; None: not worked out
         self.not_finite = [0] * len(offsets)  # of each row: what its state may count without being news
         self._tensors: list[weakref.ref[KVTensor]] = []
 

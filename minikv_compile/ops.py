@@ -356,6 +356,7 @@ def _(q, k, v, k_tier, v_tier, k_dense, v_dense, state, length, scale, config, p
     return q.new_empty(q.shape)
 
 
+@on_its_own
 def check_padding(valid: Tensor, state: Tensor, length: int, n: int, config: MiniKVConfig) -> None:
     """Raise if the mask of a later call does not fit the cache, which knows its padding from the prefill.
 

@@ -68,8 +68,10 @@ class KVTensor(DenseOnUse):
     ):  # fmt: skip
         """`occupancy` None: the storage is this tensor's own; its bounds are read from the state when first needed."""
         super().__init__()
-        for name in self.tensor_data_names + self.optional_tensor_data_names:
+        names = self.tensor_data_names + self.optional_tensor_data_names
+        for name in names:
             setattr(self, name, tensors.get(name))
+        self._names = [name for name in names if tensors.get(name) is not None]
         self.config, self.role = config, role
         self._occupancy = occupancy
         if occupancy is not None:
@@ -79,12 +81,12 @@ class KVTensor(DenseOnUse):
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors held, by name."""
-        names = self.tensor_data_names + self.optional_tensor_data_names
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        held = self.__dict__
+        return {name: held[name] for name in self._names}
 
     def __tensor_flatten__(self):
         # The context is a guard: it holds constants only. The length is the outer size.
-        return list(self.tensors()), {"config": self.config, "role": self.role}
+        return list(self._names), {"config": self.config, "role": self.role}
 
     @classmethod
     def __tensor_unflatten__(cls, tensors, context, outer_size, outer_stride):
@@ -99,6 +101,14 @@ class KVTensor(DenseOnUse):
 
     def _with(self, tensors: dict[str, Tensor], occupancy: Occupancy | None = None) -> KVTensor:
         return type(self)(tensors, self.config, self.role, self.length, occupancy)
+
+    def _of_length(self, length: int) -> KVTensor:
+        """This tensor with so many tokens, in the same storage. Each step makes one of each: what is known is copied, marks too."""
+        if not compat.is_marked(self):
+            self.mark_dynamic()
+        self.occupancy.add(kv := type(self).__new__(type(self), self.__dict__, self.config, self.role, length))
+        kv.__dict__.update(self.__dict__)
+        return kv
 
     def _apply_fn_to_data(self, fn) -> KVTensor:
         """A tensor with a storage of its own: `fn` of every tensor held."""
@@ -192,7 +202,9 @@ class KVTensor(DenseOnUse):
     def _fits(self, n: int) -> bool:
         """Whether `n` more tokens can be written as it is."""
         known = self.occupancy
-        return max(known.behind_pinned(self.length + n)) <= self._room() and not known.shared and not known.oversized
+        if known.full is None:
+            known.full = -1 if known.oversized else self._room() - max(known.behind_pinned(0))
+        return self.length + n <= known.full and not known.shared
 
     def _room(self) -> int:
         """Tokens that the dense region may hold behind the pinned ones. Where rows differ in these, not all that there is
@@ -218,6 +230,7 @@ class KVTensor(DenseOnUse):
         known = self.occupancy
         known.offsets = [offset + new * BLOCK for offset, new in zip(known.offsets, blocks, strict=True)]
         known.blocks = [before + new for before, new in zip(known.blocks, blocks, strict=True)]
+        known.full = None
 
     def _kind(self) -> tuple:
         """What tensors that are flushed together have alike."""
@@ -231,10 +244,11 @@ class KVTensor(DenseOnUse):
         self.occupancy.oversized = self.config.bits < 16 and capacity > dense_capacity(self.config, 0, pinned)
         if capacity != self.dense.shape[SEQ]:
             self.dense = _resized(self.dense, capacity)
+        self.occupancy.full = None
 
     def longer(self, n: int) -> KVTensor:
         """This tensor after `n` tokens were written behind its last, in the same storage."""
-        return type(self)(self.tensors(), self.config, self.role, self.length + n, self.occupancy).mark_dynamic()
+        return self._of_length(self.length + n)
 
     def append(self, new: Tensor) -> KVTensor:
         """`torch.cat([self, new], self.seq)`."""
@@ -291,7 +305,7 @@ class KVTensor(DenseOnUse):
         Raises:
             ValueError: the rollback reaches further back than the unquantized window.
         """
-        removed, config, known = self.length - length, self.config, self.occupancy
+        removed, known = self.length - length, self.occupancy
         # The dense region holds the newest tokens behind the pinned ones, or all of a row without a tier.
         dense = min(
             self.length - offset - (pinned if blocks or important else 0)
@@ -304,7 +318,7 @@ class KVTensor(DenseOnUse):
             )
         if self.kept is not None and not self.kept_mask()[..., length:].all():
             raise ValueError(f"Cannot roll back {removed} tokens: some of them are padding or dropped prompt tokens.")
-        return type(self)(self.tensors(), config, self.role, length, self.occupancy).mark_dynamic()
+        return self._of_length(length)
 
 
 def make_room(tensors: list[KVTensor], counts: list[int]) -> list[KVTensor]:
@@ -365,6 +379,7 @@ def _resized(x: Tensor, size: int) -> Tensor:
     new = x.new_empty(*x.shape[:SEQ], size, *x.shape[SEQ + 1 :])
     shared = min(size, x.shape[SEQ])
     new[:, :, :shared] = x[:, :, :shared]
+    compat.mark_dynamic(new, SEQ)
     return new
 
 

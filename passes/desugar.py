@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .. import compat, fixed
+from .. import compat, fixed, ops
 from ..buffers import OPENED, Buffers
 from ..cache import MiniKVLayer
 from ..config import MiniKVConfig
 from ..finite import report_not_finite
+from ..stepgraph import Layout
 from ..tensor import KVTensor, make_room, wrap_prompt
 from .graph import example, size_getter
 from .rewrite import Longer, Made, Rewritten
 from .static import Born
+from .step import make_step
 
 minikv = torch.ops.minikv
 
@@ -26,9 +28,13 @@ Getter = Callable[[Sequence[Any]], Any]
 
 
 def desugar(
-    rewritten: Rewritten, originals: Sequence[Node], example_inputs: Sequence[Any], config: MiniKVConfig
+    rewritten: Rewritten, originals: Sequence[Node], example_inputs: Sequence[Any], config: MiniKVConfig,
+    replays: bool = False,
 ) -> tuple[list[Any], Boundary]:
     """Drop the placeholders of `KVTensor`s, and of static buffers that were taken, from a rewritten graph.
+
+    Args:
+        replays: whether what is compiled from a decode step may run as a CUDA graph.
 
     Returns:
         example inputs of the graph's new placeholders, and the boundary that calls what is compiled from it.
@@ -38,26 +44,23 @@ def desugar(
     for node in originals:
         if isinstance(example(node), KVTensor) or node in rewritten.given_back:
             graph.erase_node(node)
+    step = make_step(rewritten) if replays else None
     rewritten.module.recompile()
     places = {node: len(originals) + i for i, node in enumerate(rewritten.held)}
     places |= {node: OPENED.index(name) - len(OPENED) for name, node in rewritten.opened.items()}
-    getters, inputs = [], []
-    for node in graph.nodes:
-        if node.op != "placeholder":
-            continue
-        if node in rewritten.constants:
-            getters.append(_constant(rewritten.constants[node]))
-            inputs.append(example(node))
-        elif node in places:
-            getters.append(_argument(places[node]))
-            inputs.append(example(node))
-        elif node in rewritten.fields:
+
+    def getter(node: Node | int) -> Getter:
+        if not isinstance(node, Node) or node in rewritten.constants:
+            return _constant(rewritten.constants.get(node, node))
+        if node in rewritten.fields:
             kv, name = rewritten.fields[node]
-            getters.append(_field(position[kv], name))
-            inputs.append(example(node))
-        else:
-            getters.append(_argument(position[node]))
-            inputs.append(example(node) if node in rewritten.densified else example_inputs[position[node]])
+            return _field(position[kv], name)
+        return _argument(places.get(node, position.get(node)))
+
+    taken = [node for node in graph.nodes if node.op == "placeholder"]
+    own = {node for node in taken if node in position and node not in rewritten.densified}
+    inputs = [example_inputs[position[node]] if node in own else example(node) for node in taken]
+    getters = [getter(node) for node in taken if step is None or node is not step.lengths]
     growth = {out.past: size_getter(out.n, originals) for out in rewritten.outputs if isinstance(out, Longer)}
     lengths = {out: size_getter(out.length, originals) for out in rewritten.outputs if isinstance(out, Made)}
     boundary = Boundary(config, getters, growth, lengths, rewritten.outputs)
@@ -68,6 +71,10 @@ def desugar(
         (role, layer, places[dense], places[state]) for role, layer, dense, state in rewritten.counted if state in places
     ]
     boundary.stores = rewritten.stores
+    if step is not None:
+        boundary.step = Layout.of(step, taken)
+        boundary.getters += [getter(length) for length in step.states.values()]
+        boundary.checks = [tuple(map(getter, check)) for check in step.checks]
     boundary.rooms = [
         tuple([places[tensor] for tensor in held] for held in node.args[:2])
         for node in graph.nodes
@@ -80,7 +87,7 @@ def _argument(i: int) -> Getter:
     return lambda args: args[i]
 
 
-def _constant(value: Tensor) -> Getter:
+def _constant(value: Any) -> Getter:
     return lambda args: value
 
 
@@ -102,6 +109,8 @@ class Boundary:
         self.buffers: Buffers | None = None
         self.counted: list[tuple[str, int, int, int]] = []  # with places of arguments: see `Rewritten.counted`
         self.stores = False
+        self.step: Layout | None = None  # of the inputs, whose last are lengths then: see `make_step`
+        self.checks: list[tuple[Getter, Getter, Getter]] = []  # what `ops.check_padding` takes
         self.rooms: list[tuple[list[int], list[int]]] = []  # places of what each `minikv::make_room` takes
         self._room: weakref.ref[Tensor] | None = None
         self._calls = 0
@@ -122,6 +131,9 @@ class Boundary:
                 args = [*args, *opened]
             if self.rooms:
                 self._prepare_rooms(args)
+            for check in self.checks:
+                mask, state, length = (get(args) for get in check)
+                ops.check_padding(mask.bool().to(state.device), state, length, 1, self.config)
             flat = list(self.compiled(*[get(args) for get in self.getters]))
             if self.counted:
                 self._report_counted(args)

@@ -86,7 +86,7 @@ PURE = {
     "getitem", "arange", "add", "sub", "mul", "le", "lt", "ge", "gt", "and_", "logical_and", "bitwise_and", "new_ones",
     "ones", "expand", "view", "reshape", "unsqueeze", "cat", "tensor", "repeat_interleave", "softmax", "matmul", "bmm",
     "scaled_dot_product_attention", "transpose", "size", "full", "dropout", "where", "zeros", "masked_fill", "truediv",
-    "div", "permute", "swapaxes", "tril", "triu", "invert", "eq", "getattr", "swapdims", *CASTS,
+    "div", "permute", "swapaxes", "tril", "triu", "invert", "eq", "getattr", "swapdims", "sym_sum", *CASTS,
 }  # fmt: skip
 """Calls without a side effect that the passes know. Nothing else is ever erased: Dynamo's graphs hold in-place methods
 that FX's own dead-code pass takes for pure."""

@@ -1,0 +1,180 @@
+"""`StepGraph`: a decode step as one CUDA graph, for as long as it does the same work from token to token."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import compat
+from .kernels.state import OFFSET
+
+log = logging.getLogger("minikv")
+
+TRIALS = 3
+"""Calls with inputs in the same places before the step is captured, which takes as long as a few of them."""
+WORTH = 32
+"""Replays after which a capture was worth it: then one call in new places is enough."""
+ALIGNED = 4
+"""int32 of 16 bytes, at which kernels take their inputs to begin."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is known of the inputs of a step (`passes.step.Step`), by their places."""
+
+    states: tuple[int, ...]
+    fed: tuple[int, ...]
+    """May lie elsewhere in each call: they are copied."""
+    held: tuple[int, ...]
+    """The others."""
+    dynamic: tuple[int, ...]
+    """Those of them whose sizes or strides may change."""
+
+    @classmethod
+    def of(cls, step: Any, placeholders: Sequence[Any]) -> Layout:
+        place = {node: i for i, node in enumerate(placeholders)}
+        held = [node for node in placeholders if node is not step.lengths and node not in step.fed]
+        changing = [node for node in held if compat.is_dynamic(node.meta["example_value"])]
+        return cls(*(tuple(place[node] for node in nodes) for nodes in (step.states, step.fed, held, changing)))
+
+    def now(self, inputs: Sequence[Tensor]) -> tuple[list, ...]:
+        """What a captured step depends on, besides the values of its inputs."""
+        dynamic = [inputs[i] for i in self.dynamic]
+        return (
+            [inputs[i].data_ptr() for i in self.held], [x.shape for x in dynamic], [x.stride() for x in dynamic],
+            [inputs[i].shape for i in self.fed],
+        )  # fmt: skip
+
+
+class StepGraph:
+    """Calls a compiled decode step, and replays it as a CUDA graph where all that is not copied lies where it lay.
+
+    What a graph holds of its inputs is addresses: it keeps no cache alive, and no model. A call whose inputs lie elsewhere, after
+    a storage has grown or with another cache, runs as it is.
+    """
+
+    def __init__(self, compiled: Callable, layout: Layout):
+        self.compiled, self.layout = compiled, layout
+        self._now: tuple[list, ...] | None = None  # of the last call
+        self._calls = 0  # like it, in a row
+        self._graph: Any = None  # also one that is no longer good: its memory is the next one's
+        self._outputs: list[Any] | None = None  # None: nothing is captured
+        self._replays = 0
+        self._fails = False
+        self._fed: list[Tensor] = []
+        self._states: list[Tensor] = []  # whose offsets are less by the length
+        self._offsets = self._lengths = torch.empty(0)
+
+    def __call__(self, *inputs: Any) -> list[Any]:
+        known = len(inputs) - len(self.layout.states)
+        inputs, lengths = inputs[:known], inputs[known:]
+        now = self.layout.now(inputs)
+        if now != self._now:
+            self._begin(now, inputs)
+        self._set(lengths)
+        if self._outputs is None:
+            if not self._is_time(inputs):
+                self._calls += 1
+                return self._run(inputs)
+            if not self._capture(inputs):
+                return self._run(inputs)
+        for copy, i in zip(self._fed, self.layout.fed, strict=True):
+            _fill(copy, inputs[i])
+        self._graph.replay()
+        self._replays += 1
+        # They lie in the graph's memory, where the next replay writes.
+        return [out.clone() if isinstance(out, Tensor) else out for out in self._outputs]
+
+    def _begin(self, now: tuple[list, ...], inputs: Sequence[Tensor]) -> None:
+        """Forget what was captured."""
+        self._now, self._calls, self._outputs, self._fed = now, 0, None, []
+        state = inputs[self.layout.states[0]]
+        if not self._states or self._states[0].shape != state.shape:
+            count, size = len(self.layout.states), state.numel()
+            rows = state.new_empty(count, -(-size // ALIGNED) * ALIGNED)[:, :size].unflatten(1, state.shape)
+            self._states, self._offsets = list(rows.unbind()), rows[..., OFFSET]
+            self._lengths = state.new_empty(count)
+
+    def _set(self, lengths: Sequence[int]) -> None:
+        if len(set(lengths)) == 1:
+            self._lengths.fill_(lengths[0])
+        else:
+            for one, length in zip(self._lengths.unbind(), lengths, strict=True):
+                one.fill_(length)
+
+    def _run(self, inputs: Sequence[Tensor]) -> list[Any]:
+        """The step, from the lengths on."""
+        inputs = list(inputs)
+        compat.copy_all(self._states, [inputs[i] for i in self.layout.states])
+        self._offsets.sub_(self._lengths[:, None])
+        for i, state in zip(self.layout.states, self._states, strict=True):
+            inputs[i] = state
+        return list(self.compiled(*inputs, self._lengths))
+
+    def _is_time(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether the step is to be captured."""
+        trials = 1 if self._replays >= WORTH else TRIALS
+        return self._calls >= trials and not self._fails and not is_capturing(inputs[0].device)
+
+    def _capture(self, inputs: Sequence[Tensor]) -> bool:
+        """Capture the step, which does not run it. Whether that could be done."""
+        static = list(inputs)
+        try:
+            for i in self.layout.fed:
+                static[i] = torch.empty_strided(inputs[i].shape, inputs[i].stride(), dtype=inputs[i].dtype, device=inputs[i].device)
+                _fill(static[i], inputs[i])
+            self._fed = [static[i] for i in self.layout.fed]
+            self._graph, self._outputs = capture(lambda: self._run(static), inputs[0].device, self._graph)
+        except Exception as error:  # whatever a model does that a CUDA graph cannot hold: it runs without
+            log.warning("a decode step stays without a CUDA graph: %s", error)
+            self._fails, self._graph, self._fed = True, None, []
+            return False
+        self._replays = 0
+        return True
+
+
+def _fill(copy: Tensor, x: Tensor) -> None:
+    """`copy_`, also where one number is in several places."""
+    for dim, stride in enumerate(copy.stride()):
+        if stride == 0:
+            copy, x = copy.narrow(dim, 0, 1), x.narrow(dim, 0, 1)
+    copy.copy_(x)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the caller captures a CUDA graph of its own."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@functools.cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    # One for all captures: cuBLAS keeps a workspace for each stream that it has seen.
+    return torch.cuda.Stream(device)
+
+
+def capture(run: Callable[[], list[Any]], device: torch.device, old: Any) -> tuple[Any, list[Any]]:
+    """A CUDA graph of `run`, in the memory of an `old` one, and what it returns. Other than `torch.cuda.graph` it neither
+    collects garbage nor gives memory back, which takes longer than the capture."""
+    graph, side, collects = torch.cuda.CUDAGraph(), _side(device), gc.isenabled()
+    with torch.cuda.device(device):
+        side.wait_stream(torch.cuda.current_stream())
+        gc.disable()  # what it might free must not be freed now
+        try:
+            with torch.cuda.stream(side):
+                graph.capture_begin(*(() if old is None else (old.pool(),)), capture_error_mode="thread_local")
+                try:
+                    outputs = run()
+                finally:
+                    graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
+        torch.cuda.current_stream().wait_stream(side)
+    return graph, outputs
