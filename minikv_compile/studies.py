@@ -33,6 +33,8 @@ class Study:
     places: tuple[str, ...] = ("inside", "after")
     shapes: tuple[str, ...] = ()
     """Times: models of these shapes with random weights (`shapes.SHAPES`), instead of the model given."""
+    layers: int | None = None
+    """Of those models; None for all."""
     needs_gpu: bool = False
 
 
@@ -111,7 +113,7 @@ STUDIES: dict[str, Study] = {
     "pyramid-times": Study(
         "What does the pyramid cost in time and memory?",
         each("minikv:pyramid_depth={depth}", depth=(1, 2, 7, 28)),
-        x="pyramid_depth", kind=TIMES, lengths=(16384,), shapes=("llama-3.1-8b",), needs_gpu=True,
+        x="pyramid_depth", kind=TIMES, lengths=(16384,), shapes=("llama-3.1-8b",), layers=16, needs_gpu=True,
     ),
     "budgets": Study(
         "What is lost at which budget, by each policy?",
@@ -123,7 +125,8 @@ STUDIES: dict[str, Study] = {
             f"default:policy={policy}:heavy={0.5 - recent}:recent={recent}"
             for policy in ("heavy_hitter", "observation_window", "key_outlier") for recent in (0.0, 0.125, 0.25, 0.375, 0.5)
         ),
-        x="recent",     ),
+        x="recent",
+    ),
     "persistence": Study(
         "Do a prompt's heavy hitters stay heavy while text is generated?",
         ("heavy_hitter", "observation_window", "key_outlier", "random"), x=STEP, kind=PERSISTENCE, tasks=(TEXT,),
@@ -142,7 +145,8 @@ STUDIES: dict[str, Study] = {
                 policy=("observation_window", "key_outlier", "heavy_hitter"), heavy=(0.05, 0.5, 0.95),
             ),
         ),
-        x=LENGTH, kind=TIMES, lengths=(1024, 4096, 16384, 32768, 65536, 102400), shapes=("llama-3.1-8b",), needs_gpu=True,
+        x=LENGTH, kind=TIMES, lengths=(1024, 4096, 16384, 32768, 65536, 102400), shapes=("llama-3.1-8b",), layers=8,
+        needs_gpu=True,
     ),
     "compression": Study(
         "Which kinds of tasks survive which compression?",
@@ -158,7 +162,8 @@ STUDIES: dict[str, Study] = {
     "compression-shapes": Study(
         "What is saved of models of other shapes?",
         ("full", "default:bits=8", "default:bits=4", "default", "small", "tiny", "minikv"),
-        x=LENGTH, kind=TIMES, lengths=(4096, 16384), shapes=("llama-3.1-8b", "qwen3-4b", "mistral-7b"), needs_gpu=True,
+        x=LENGTH, kind=TIMES, lengths=(4096, 16384), shapes=("llama-3.1-8b", "qwen3-4b", "mistral-7b"), layers=8,
+        needs_gpu=True,
     ),
     "mikv": Study(
         "Which precision do important and demoted tokens need, with and without balancer?",

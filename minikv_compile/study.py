@@ -138,41 +138,44 @@ def line_of(method: str, x: str) -> str:
     return ":".join([name, *kept])
 
 
+WARM_UP = 4096
+"""Tokens that are enough to compile everything with."""
+
+
 def _times(study: Study, model: Any, tokenizer: Any, lengths, settings: Settings) -> Iterator[Point | Failure]:
     from .shapes import load_model
 
     on_gpu = model.device.type == "cuda"
     for shape in study.shapes or ("",):
         try:
-            timed = load_model(shape, None, model.device, torch.bfloat16) if shape else model
+            timed = load_model(shape, study.layers, model.device, torch.bfloat16) if shape else model
         except torch.OutOfMemoryError as error:
             yield Failure(shape, str(error).splitlines()[0])
             continue
         for method in study.methods:
+            if time.monotonic() > settings.deadline:
+                return
             name = f"{shape} {method}" if len(study.shapes) > 1 else method
-            for length in lengths:
-                if time.monotonic() > settings.deadline:
-                    return
-                try:
-                    with running(timed, method, settings.inner) as runner, torch.no_grad():
+            try:
+                with running(timed, method, settings.inner) as runner, torch.no_grad():
+                    for length in lengths:
                         figures = time_of(timed, runner, length, settings.steps, on_gpu)
-                except (torch.OutOfMemoryError, ConfigError, PeerError) as error:
-                    yield Failure(f"{name}, {length} tokens", str(error).splitlines()[0])
-                    continue
-                for panel, y in figures.items():
-                    yield Point(name, panel, length, x_of(method, study.x, length, figures["bytes, % of dense"] / 100), y)
+                        at = x_of(method, study.x, length, figures["bytes, % of dense"] / 100)
+                        yield from (Point(name, panel, length, at, y) for panel, y in figures.items())
+            except (torch.OutOfMemoryError, ConfigError, PeerError) as error:
+                yield Failure(name, str(error).splitlines()[0])
 
 
 def time_of(model: Any, runner: Runner, length: int, steps: int, on_gpu: bool) -> dict[str, float]:
-    """One prompt of random tokens and `steps` decoded ones, after the same once more to compile."""
+    """One prompt of random tokens and `steps` decoded ones, after as many of a prompt of at most WARM_UP tokens."""
     ids = torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
     settle = torch.cuda.synchronize if on_gpu else lambda: None
-    for _ in range(2):
+    for n in (min(length, WARM_UP), length):
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         settle()
         begun = time.perf_counter()
-        out = runner.forward(input_ids=ids, use_cache=True, logits_to_keep=1)
+        out = runner.forward(input_ids=ids[:, :n].contiguous(), use_cache=True, logits_to_keep=1)
         settle()
         first = time.perf_counter()
         for _ in range(steps):

@@ -64,9 +64,9 @@ def test_presets():
     assert (MiniKVConfig().bits, MiniKVConfig().group, MiniKVConfig().rotation) == (2, 128, "hadamard")
     assert (MiniKVConfig().clip_of(2), MiniKVConfig().clip_of(4), MiniKVConfig(clip=0.7).clip_of(8)) == (0.85, 1.0, 0.7)
     assert MiniKVConfig(error_feedback=False).noise == 2 * MiniKVConfig().noise == 2 * MiniKVConfig(bits=4).noise == 1 / 24
-    for name in ("minikv", "mikv"):
-        preset = MiniKVConfig.preset(name)
-        # As in the papers.
+    for preset in (
+        MiniKVConfig.preset("minikv"), MiniKVConfig.preset("mikv", rotation="none", error_feedback=False, clip=1.0),
+    ):  # as in the papers
         assert (preset.clip, preset.metadata_bits, preset.noise, preset.feeds_back) == (1.0, 16, 0.0, False)
     assert MiniKVConfig(key_axis="channel").noise == MiniKVConfig(bits=16, rotation="none").noise == 0.0
     assert not MiniKVConfig().drops and not MiniKVConfig.preset("lossless").drops
