@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from . import compat
 from .config import MiniKVConfig
+from .passes import step
 from .passes.desugar import desugar
 from .passes.graph import example
 from .passes.layers import GRAPHS
@@ -72,7 +73,7 @@ class MiniKVBackend:
         if not rewritten.outputs_changed:
             return inner(module, example_inputs)
         self._check_gradients(example_inputs)
-        inputs, boundary = desugar(rewritten, rewriter.originals, example_inputs, self.config, not callable(self.inner))
+        inputs, boundary = desugar(rewritten, rewriter.originals, example_inputs, self.config, self._replays(mode))
         inputs = [compat.settled(x) for x in inputs]
         if boundary.step is None:
             boundary.compiled = inner(rewritten.module, inputs)
@@ -84,6 +85,10 @@ class MiniKVBackend:
             if places:
                 boundary.parameters, boundary.on_model = (places[0], places[-1]), partial(_record, places)
         return boundary
+
+    def _replays(self, mode: str | None) -> set[str]:
+        """Kinds of devices on which a decode step may run as a CUDA graph. Of the user's own compiler, nobody knows."""
+        return set() if callable(self.inner) else step.DEVICES | ({"cuda"} if mode == "reduce-overhead" else set())
 
     def _check_gradients(self, example_inputs: Sequence[Any]) -> None:
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):

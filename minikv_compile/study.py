@@ -220,6 +220,8 @@ def _page(name: str, study: Study, points, cells, failures, about: dict) -> Iter
     versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
     yield f"{about['date']}, {about['device']}, {about['dtype']}, {versions}."
     yield f"{about['prompts']} prompts a cell, seed {about['seed']}.\n"
+    if "note" in about:
+        yield f"{about['note']}\n"
     if points:
         yield f"![{name}]({name}.png)\n"
     lengths = sorted({point.length for point in points})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -29,12 +29,12 @@ Getter = Callable[[Sequence[Any]], Any]
 
 def desugar(
     rewritten: Rewritten, originals: Sequence[Node], example_inputs: Sequence[Any], config: MiniKVConfig,
-    replays: bool = False,
+    replays: Collection[str] = (),
 ) -> tuple[list[Any], Boundary]:
     """Drop the placeholders of `KVTensor`s, and of static buffers that were taken, from a rewritten graph.
 
     Args:
-        replays: whether what is compiled from a decode step may run as a CUDA graph.
+        replays: kinds of devices on which what is compiled from a decode step may run as a CUDA graph.
 
     Returns:
         example inputs of the graph's new placeholders, and the boundary that calls what is compiled from it.
@@ -44,7 +44,7 @@ def desugar(
     for node in originals:
         if isinstance(example(node), KVTensor) or node in rewritten.given_back:
             graph.erase_node(node)
-    step = make_step(rewritten) if replays else None
+    step = make_step(rewritten, set(replays)) if replays else None
     rewritten.module.recompile()
     places = {node: len(originals) + i for i, node in enumerate(rewritten.held)}
     places |= {node: OPENED.index(name) - len(OPENED) for name, node in rewritten.opened.items()}

@@ -19,8 +19,9 @@ from .rewrite import Longer, Rewritten
 
 minikv = torch.ops.minikv
 
-DEVICES = set() if os.environ.get("MINIKV_CUDA_GRAPHS") == "0" else {"cuda"}
-"""Types of devices whose decode steps become one CUDA graph; `MINIKV_CUDA_GRAPHS=0` launches each kernel. (The tests add "cpu".)"""
+DEVICES = {"cuda"} if os.environ.get("MINIKV_CUDA_GRAPHS") == "1" else set()
+"""Types of devices whose decode steps become one CUDA graph without being asked (`MINIKV_CUDA_GRAPHS=1`); with
+`mode="reduce-overhead"` all do. (The tests add "cpu".)"""
 
 MOST_FED = 1 << 20
 """Bytes of an argument that may be copied in each step, where it can lie elsewhere than in the step before."""
@@ -49,8 +50,9 @@ class Step:
     """Small arguments of the call, each in a place of its own. All others lie where they lay in the step before."""
 
 
-def make_step(rewritten: Rewritten) -> Step | None:
-    """Rewrite the graph once more, where it is a decode step on one device; None, and nothing is done, where it is not."""
+def make_step(rewritten: Rewritten, kinds: set[str]) -> Step | None:
+    """Rewrite the graph once more, where it is a decode step on one device of these kinds; None, and nothing is done, where it is
+    not."""
     graph = rewritten.module.graph
     erase_dead(graph, [node for node in graph.nodes if not node.users])  # sizes that Dynamo worked out, for the most part
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -60,7 +62,7 @@ def make_step(rewritten: Rewritten) -> Step | None:
     if (
         not sites or not all(isinstance(out, (Node, Longer)) for out in outputs)
         or rewritten.held or rewritten.opened or rewritten.densified or rewritten.counted
-        or len(devices) != 1 or next(iter(devices)).type not in DEVICES
+        or len(devices) != 1 or next(iter(devices)).type not in kinds
         or not all(isinstance(out, Longer) or _is_new(out) for out in outputs)
         or any(_is_unsafe(node) for node in graph.nodes)
     ):  # fmt: skip
