@@ -87,8 +87,10 @@ class MiniKVBackend:
         return boundary
 
     def _replays(self, mode: str | None) -> set[str]:
-        """Kinds of devices on which a decode step may run as a CUDA graph. Of the user's own compiler, nobody knows."""
-        return set() if callable(self.inner) else step.DEVICES | ({"cuda"} if mode == "reduce-overhead" else set())
+        """Kinds of devices on which a decode step may run as a CUDA graph. Of other compilers, nobody knows."""
+        if self.inner not in ("inductor", "eager", "aot_eager"):
+            return set()
+        return step.DEVICES | ({"cuda"} if mode == "reduce-overhead" else set())
 
     def _check_gradients(self, example_inputs: Sequence[Any]) -> None:
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):

@@ -6,7 +6,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +23,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 disabled_torch_function = torch._C._disabled_torch_function_impl
@@ -82,6 +82,11 @@ def is_dynamic(x: Tensor) -> bool:
     return any(isinstance(size, torch.SymInt) for size in (*x.shape, *x.stride()))
 
 
+def is_wrapper(x: Any) -> bool:
+    """Whether `x` is a tensor made of others, which has no address."""
+    return is_traceable_wrapper_subclass(x)
+
+
 def hint(size: Any) -> int:
     """What a size was when the graph was captured."""
     return size.node.hint if isinstance(size, torch.SymInt) else size
@@ -90,6 +95,14 @@ def hint(size: Any) -> int:
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
     """`copy_` of each, in one launch."""
     torch._foreach_copy_(targets, sources)
+
+
+def abandon_capture(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
+    """End a capture in which something failed. Where CUDA says so, `capture_end` of torch before 2.12 leaves the allocator in the pool
+    of the graph, and the next `empty_cache` fails."""
+    for end in (graph.capture_end, lambda: torch._C._cuda_endAllocateToPool(device.index or 0, graph.pool())):
+        with suppress(Exception):  # the first error is the one to tell
+            end()
 
 
 @contextmanager

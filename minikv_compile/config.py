@@ -74,7 +74,8 @@ class MiniKVConfig:
     the backend, have none of it."""
     error_feedback: bool = True
     """Round each key of the prompt so that its errors cancel in what the prompt's queries see of them (`minikv_compile.feedback`;
-    GPTQ, arXiv 2210.17323). Costs no bytes, and about 1% of a prefill. What generation adds is rounded to nearest."""
+    GPTQ, arXiv 2210.17323). Costs no bytes, and 1 to 2% of a prefill. What generation adds is rounded to nearest; so are heads of
+    more than 256 channels, and the prompt of a `MiniKVCache` whose prefill ran eagerly."""
     rotation: str = "hadamard"
     """Orthogonal rotation of the head dimension before quantizing: "none" or "hadamard" (QuaRot, arXiv 2404.00456)."""
     balancer: str = "none"

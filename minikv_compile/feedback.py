@@ -16,6 +16,9 @@ from torch.library import custom_op
 OBSERVED = 1024
 """Tokens of a row, at most, whose queries are looked at: evenly spaced."""
 
+WIDEST = 256
+"""Channels, at most, of heads whose keys are fed back: the kernel grows with their square."""
+
 DAMPING = 0.01
 """Of the mean of the diagonal, added to it: directions that few queries have count for something too."""
 
@@ -36,9 +39,9 @@ def query_moments(q: Tensor, k: Tensor, order: Tensor | None, lengths: Tensor | 
     for b, n in enumerate(counts):
         places = torch.linspace(0, n - 1, min(n, OBSERVED), device=q.device).long()
         places = places if order is None else order[b].to(q.device)[places]
-        rows.append(q[b].index_select(1, places).float().unflatten(0, (k.shape[1], -1)).flatten(1, 2))
-    with torch.autocast(q.device.type, enabled=False):
-        return torch.stack([x.mT @ x / x.shape[1] for x in rows])
+        # fp64, here and below: sums in TF32, which the caller may have allowed, are no longer positive definite.
+        rows.append(q[b].index_select(1, places).double().unflatten(0, (k.shape[1], -1)).flatten(1, 2))
+    return torch.stack([x.mT @ x / x.shape[1] for x in rows]).float()
 
 
 @query_moments.register_fake
@@ -48,21 +51,21 @@ def _(q, k, order, lengths):
 
 def feedback_factors(moments: Tensor, rotation: Tensor | None, balancer: Tensor | None) -> Tensor:
     """How much of what rounding leaves of channel j is added to the target of channel i < j: `(W^-1)_ji`, fp32 like `moments`,
-    zero elsewhere; all zero where the moments are not finite.
+    zero elsewhere; all zero where the moments are not those of anything finite.
 
     Args:
         moments: of `query_moments`. rotation, balancer: of the tier, as of `kernels.compress`.
     """
-    with torch.autocast(moments.device.type, enabled=False):
-        if balancer is not None:
-            moments = moments / balancer[..., :, None] / balancer[..., None, :]
-        if rotation is not None:
-            moments = rotation.mT @ moments @ rotation
-        diagonal = moments.diagonal(dim1=-2, dim2=-1)
-        damped = moments + torch.diag_embed((DAMPING * diagonal.mean(-1, keepdim=True) + 1e-30).expand_as(diagonal))
-        lower, _ = torch.linalg.cholesky_ex(damped)  # without a look at whether it went well, which would wait for the device
-        unit = lower / lower.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-        identity = torch.eye(moments.shape[-1], device=moments.device).expand_as(moments)
-        factors = torch.linalg.solve_triangular(unit, identity, upper=False, unitriangular=True).tril(-1)
-    usable = torch.isfinite(factors).all(-1).all(-1)
-    return torch.where(usable[..., None, None], factors, 0.0)
+    moments = moments.double()
+    if balancer is not None:
+        moments = moments / balancer[..., :, None] / balancer[..., None, :]
+    if rotation is not None:
+        moments = rotation.double().mT @ moments @ rotation.double()
+    diagonal = moments.diagonal(dim1=-2, dim2=-1)
+    damped = moments + torch.diag_embed((DAMPING * diagonal.mean(-1, keepdim=True) + 1e-30).expand_as(diagonal))
+    lower, failed = torch.linalg.cholesky_ex(damped)  # no look at the outcome, which would wait for the device
+    unit = lower / lower.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+    identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device).expand_as(moments)
+    factors = torch.linalg.solve_triangular(unit, identity, upper=False, unitriangular=True).tril(-1)
+    usable = (failed == 0) & torch.isfinite(factors).flatten(-2).all(-1)
+    return torch.where(usable[..., None, None], factors, 0.0).float()

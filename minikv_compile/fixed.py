@@ -130,6 +130,14 @@ def report(held: list[tuple[str, int, Tensor, Tensor]], config: MiniKVConfig, pr
     warn_not_finite(found, config.strict)
 
 
+@cache
+def _warn_unfed() -> None:
+    log.warning(
+        "MiniKVCache: the prefill ran eagerly, so its keys are rounded to nearest, without error feedback: run it through the "
+        "minikv backend too, or set error_feedback=False, which corrects for as much noise."
+    )
+
+
 @custom_op("minikv::store_prompt", mutates_args=("key", "value", "important", "kept", "length", "padding"), tags=READS_HOST)
 @on_its_own
 def store_prompt(
@@ -172,6 +180,8 @@ def store_prompt(
             "backend too: model.compile(backend=...) and generate(..., disable_compile=True). (With a CompileConfig, "
             "generate runs the prefill eagerly.)"
         )
+    if packs and settings.feeds_back and q_moments is None:
+        _warn_unfed()
     if settings.balances and q_range is None:  # nothing is packed, and nothing will be balanced
         q_range = torch.full((batch, heads, dim), torch.nan, device=k.device)
     made = iter(ops.compress_prompt(k, v, scores, order, lengths, place, count, config, q_range, q_moments))

@@ -14,7 +14,7 @@ from torch.library import custom_op
 from . import compat
 from .balancer import balancer_of
 from .config import MiniKVConfig
-from .feedback import feedback_factors
+from .feedback import WIDEST, feedback_factors
 from .kernels import attend, compress, packing, prefill, scores
 from .kernels import flush as flush_kernels
 from .kernels.important import NO_TOKEN, stored_order
@@ -226,7 +226,7 @@ def compress_prompt(
         index = index.contiguous()
     balancer = balancer_of(q_range, k, order, row_lengths) if settings.balances else None
     factors = None
-    if q_moments is not None and settings.feeds_back and any(packed):
+    if q_moments is not None and settings.feeds_back and dim <= WIDEST and any(packed + apart):
         factors = feedback_factors(q_moments, rotation, balancer)
 
     out = []

@@ -50,7 +50,7 @@ class PackedInt(DenseOnUse):
 
     Tensors:
         codes: int16 words of 16 / bits codes (`kernels.packing`), `[batch, kv_heads, blocks, ...]`.
-        scale, zero: fp16 or bf16, one per group: `value = code * scale + zero`; or uint8 (`kernels.packing`).
+        scale, zero: fp16, one per group: `value = code * scale + zero`; or uint8 (`kernels.packing`).
     Attributes:
         bits: 2, 4 or 8. group: values per scale and zero. axis: what a group lies along, "token" or "channel".
         order: of the words, "key" or "value". logical_dtype: dtype of the dequantized values.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,7 @@ class StepGraph:
 
     def __init__(self, compiled: Callable, layout: Layout):
         self.compiled, self.layout = compiled, layout
-        self._now: tuple[list, ...] | None = None  # of the last call
+        self._now: tuple | None = None  # of the last call
         self._calls = 0  # like it, in a row
         self._graph: Any = None  # also one that is no longer good: its memory is the next one's
         self._outputs: list[Any] | None = None  # None: nothing is captured
@@ -71,16 +72,26 @@ class StepGraph:
         self._fed: list[Tensor] = []
         self._states: list[Tensor] = []  # whose offsets are less by the length
         self._offsets = self._lengths = torch.empty(0)
+        self._lock = threading.Lock()
 
     def __call__(self, *inputs: Any) -> list[Any]:
+        with self._lock:  # threads may share a model
+            return self._call(inputs)
+
+    def _call(self, inputs: Sequence[Any]) -> list[Any]:
         known = len(inputs) - len(self.layout.states)
         inputs, lengths = inputs[:known], inputs[known:]
-        now = self.layout.now(inputs)
+        stream = stream_of(inputs[0].device)
+        now = (stream, *self.layout.now(inputs))
         if now != self._now:
+            if self._now is not None and stream != self._now[0]:
+                self._states, self._graph = [], None  # the other stream may still be at work in them
             self._begin(now, inputs)
         self._set(lengths)
+        if is_capturing(inputs[0].device):
+            return self._run(inputs)
         if self._outputs is None:
-            if not self._is_time(inputs):
+            if not self._is_time():
                 self._calls += 1
                 return self._run(inputs)
             if not self._capture(inputs):
@@ -92,7 +103,7 @@ class StepGraph:
         # They lie in the graph's memory, where the next replay writes.
         return [out.clone() if isinstance(out, Tensor) else out for out in self._outputs]
 
-    def _begin(self, now: tuple[list, ...], inputs: Sequence[Tensor]) -> None:
+    def _begin(self, now: tuple, inputs: Sequence[Tensor]) -> None:
         """Forget what was captured."""
         self._now, self._calls, self._outputs, self._fed = now, 0, None, []
         state = inputs[self.layout.states[0]]
@@ -118,10 +129,9 @@ class StepGraph:
             inputs[i] = state
         return list(self.compiled(*inputs, self._lengths))
 
-    def _is_time(self, inputs: Sequence[Tensor]) -> bool:
+    def _is_time(self) -> bool:
         """Whether the step is to be captured."""
-        trials = 1 if self._replays >= WORTH else TRIALS
-        return self._calls >= trials and not self._fails and not is_capturing(inputs[0].device)
+        return self._calls >= (1 if self._replays >= WORTH else TRIALS) and not self._fails
 
     def _capture(self, inputs: Sequence[Tensor]) -> bool:
         """Capture the step, which does not run it. Whether that could be done."""
@@ -148,6 +158,11 @@ def _fill(copy: Tensor, x: Tensor) -> None:
     copy.copy_(x)
 
 
+def stream_of(device: torch.device) -> int:
+    """The current stream, by its address."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def is_capturing(device: torch.device) -> bool:
     """Whether the caller captures a CUDA graph of its own."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -171,8 +186,10 @@ def capture(run: Callable[[], list[Any]], device: torch.device, old: Any) -> tup
                 graph.capture_begin(*(() if old is None else (old.pool(),)), capture_error_mode="thread_local")
                 try:
                     outputs = run()
-                finally:
                     graph.capture_end()
+                except Exception:
+                    compat.abandon_capture(graph, device)
+                    raise
         finally:
             if collects:
                 gc.enable()

@@ -51,8 +51,7 @@ class Step:
 
 
 def make_step(rewritten: Rewritten, kinds: set[str]) -> Step | None:
-    """Rewrite the graph once more, where it is a decode step on one device of these kinds; None, and nothing is done, where it is
-    not."""
+    """Rewrite the graph once more, where it is a decode step on one device of these kinds; None where it is not."""
     graph = rewritten.module.graph
     erase_dead(graph, [node for node in graph.nodes if not node.users])  # sizes that Dynamo worked out, for the most part
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -62,6 +61,7 @@ def make_step(rewritten: Rewritten, kinds: set[str]) -> Step | None:
     if (
         not sites or not all(isinstance(out, (Node, Longer)) for out in outputs)
         or rewritten.held or rewritten.opened or rewritten.densified or rewritten.counted
+        or any(compat.is_wrapper(example(node)) for node in placeholders)
         or len(devices) != 1 or next(iter(devices)).type not in kinds
         or not all(isinstance(out, Longer) or _is_new(out) for out in outputs)
         or any(_is_unsafe(node) for node in graph.nodes)

@@ -5,10 +5,12 @@ import copy
 import gc
 import logging
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import DynamicCache
 
 from minikv_compile import KVTensor, stepgraph
@@ -16,7 +18,7 @@ from minikv_compile.passes import step
 
 from .helpers import PAD, PlainDecoder, captured, compiled, greedy, logits_of, make_backend, prompt, run_plain, tiny
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 class Graph:
     """Stands in for a `torch.cuda.CUDAGraph`."""
 
@@ -39,10 +41,11 @@ def capture(run, device, old):
 
 
 @pytest.fixture(autouse=True)
-def graphs(monkeypatch):
-    """Steps on this device are captured."""
-    monkeypatch.setattr(step, "DEVICES", {DEVICE})
-    if DEVICE == "cpu":
+def graphs(request, monkeypatch):
+    """Steps are captured; by the stand-in, but in tests of a GPU."""
+    on_gpu = request.node.get_closest_marker("gpu") is not None
+    monkeypatch.setattr(step, "DEVICES", {"cuda" if on_gpu else "cpu"})
+    if not on_gpu:
         monkeypatch.setattr(stepgraph, "capture", capture)
     monkeypatch.setattr(Graph, "made", 0)
     monkeypatch.setattr(Graph, "replayed", 0)
@@ -238,8 +241,7 @@ def test_inside_a_capture_of_the_caller(monkeypatch):
 @torch.no_grad()
 def test_holds_nothing(monkeypatch):
     """A cache is freed though its step was captured, and a model is."""
-    if DEVICE == "cpu":
-        monkeypatch.setattr(stepgraph, "capture", lambda run, device, old: (Replays(), run()))
+    monkeypatch.setattr(stepgraph, "capture", lambda run, device, old: (Replays(), run()))
     model = tiny()
     run = torch.compile(model, backend=make_backend())
     cache = read(run, prompt(100))
@@ -317,6 +319,44 @@ def test_what_the_graph_takes():
     assert len(layout.states) == 2 and len(layout.fed) == 1  # a state for each layer; the token
     assert len(layout.dynamic) == 16 and not {*layout.fed} & {*layout.held}
     assert isinstance(cache.layers[0].keys, KVTensor)
+
+
+@torch.no_grad()
+def test_weights_that_have_no_address():
+    """Of a weight that is made of other tensors, nothing tells where those lie."""
+    quantize_(model := tiny(), Int8WeightOnlyConfig())
+    model = compiled(model, make_backend("default"))
+    steps(model, read(model, prompt(60)), prompt(10))
+    assert Graph.made == 0
+
+
+@torch.no_grad()
+def test_threads_share_a_model():
+    """Each with a cache of its own, step by step in turn: no length is another's."""
+    model = compiled(tiny(), make_backend("default"))
+    caches, token = [read(model, prompt(n)) for n in (60, 90)], prompt(1)
+    alone = [model(token, past_key_values=copy.deepcopy(cache)).logits for cache in caches]
+
+    def one(cache):
+        with torch.no_grad():
+            return model(token, past_key_values=cache).logits
+
+    with ThreadPoolExecutor(2) as pool:
+        got = list(pool.map(one, caches))
+    for ours, theirs in zip(got, alone, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_capture_that_fails_leaves_the_allocator_alone():
+    def run():
+        torch.zeros(1, device="cuda").item()  # waits for the device, which no graph can hold
+
+    with pytest.raises(RuntimeError):
+        stepgraph.capture(run, torch.device("cuda", 0), None)
+    torch.cuda.empty_cache()
+    assert torch.ones(1, device="cuda").sum() == 1
 
 
 @pytest.mark.gpu

@@ -84,6 +84,28 @@ def test_moments_are_of_valid_tokens():
         torch.testing.assert_close(moments[row], own.mT @ own / own.shape[1])
 
 
+def test_moments_that_are_not_positive_definite_give_no_feedback():
+    moments = torch.eye(16).expand(1, 2, 16, 16).clone()
+    moments[0, 1, 3, 3] = -5.0
+    moments[0, 0, 2, 9] = moments[0, 0, 9, 2] = 0.5
+    factors = feedback_factors(moments, None, None)
+    assert factors[0, 0].any() and not factors[0, 1].any()
+
+
+def test_blocks_behind_a_rows_tokens_stay_as_they_are(device):
+    """Rows that start at different tokens, and hold different numbers of blocks, of a strided tensor."""
+    x = torch.randn(2, 400, 2, 96, generator=torch.Generator().manual_seed(3)).transpose(1, 2)
+    factors = feedback_factors(query_moments(queries(2, 4, 50, 96), x, None, None), hadamard(96), None)
+    start, tokens = torch.tensor([5, 0], dtype=torch.int32), torch.tensor([2, 1], dtype=torch.int32) * BLOCK
+    arguments = (3, 2, 128, "token", "key")
+    expected = compress_reference(x, None, start, tokens, *arguments, hadamard(96), factors=factors)
+    on = [t.to(device) for t in (start, tokens, hadamard(96), factors)]
+    actual = compress_triton(x.to(device), None, *on[:2], *arguments, on[2], factors=on[3])
+    codes = [unpack(tier[0].cpu(), 2, "key") for tier in (actual, expected)]
+    assert (codes[0] == codes[1]).float().mean() > 0.98
+    assert not codes[0][0, :, 2:].any() and not codes[0][1, :, 1:].any() and codes[0][1, :, 0].any()
+
+
 @settings(max_examples=25)
 @given(
     dim=st.sampled_from([64, 80, 128]),
