@@ -98,8 +98,8 @@ def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
 
 
 def abandon_capture(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
-    """End a capture in which something failed. Where CUDA says so, `capture_end` of torch before 2.12 leaves the allocator in the pool
-    of the graph, and the next `empty_cache` fails."""
+    """End a capture in which something failed. Where CUDA says so, `capture_end` of torch before 2.12 leaves the allocator in the
+    pool of the graph, and the next `empty_cache` fails."""
     for end in (graph.capture_end, lambda: torch._C._cuda_endAllocateToPool(device.index or 0, graph.pool())):
         with suppress(Exception):  # the first error is the one to tell
             end()
