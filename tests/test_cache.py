@@ -417,7 +417,7 @@ def test_save_and_load(preset):
 def test_load_what_does_not_fit():
     model = tiny(layers=1)
     state = MiniKVCache(model, 64).state_dict()
-    with pytest.raises(ValueError, match="of format 99: this version reads 4"):
+    with pytest.raises(ValueError, match="of format 99: this version reads 5"):
         MiniKVCache(model, 64).load_state_dict({**state, "format": 99})
     with pytest.raises(ValueError, match="another configuration"):
         MiniKVCache(model, 64, config="minikv").load_state_dict(state)

@@ -97,11 +97,19 @@ def test_opcheck_dequantize(preset, padded):
         opcheck(minikv.dequantize, *tensors, 300, kv.role, kv.config.to_json())
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("op", [minikv.query_range, minikv.query_moments], ids=str)
-def test_opcheck_of_what_queries_are_like(op, padded):
+def check_what_queries_are_like(op, padded):
     rows = minikv.align_rows(left_padding([20, 4], 20)) if padded else (None, None)
     opcheck(op, torch.randn(2, 4, 20, 16), torch.randn(2, 2, 20, 16), *rows)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_opcheck_query_range(padded):
+    check_what_queries_are_like(minikv.query_range, padded)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_opcheck_query_moments(padded):
+    check_what_queries_are_like(minikv.query_moments, padded)
 
 
 def fixed_layer(preset, filled=True):
@@ -257,10 +265,11 @@ def test_decode_is_attention_over_what_dequantize_gives(
 
 
 @pytest.mark.parametrize("config", [
-    MiniKVConfig(important=0), MiniKVConfig(important=0, bits=4, group=32, metadata_bits=16, rotation="none", window=10),
+    MiniKVConfig(important=0),
+    MiniKVConfig(important=0, bits=4, group=32, metadata_bits=16, rotation="none", window=10, error_feedback=False),
 ])  # fmt: skip
 def test_noise_correction(config):
-    """Packed tokens' logits are less by half the variance of their errors."""
+    """Packed tokens' logits are less by half the variance of their errors, of which feedback leaves half."""
     length, heads, dim, scale = 1500, 3, 32, 0.6
     k, v = torch.randn(2, 1, heads, length, dim)
     q, k_new, v_new = torch.randn(1, 2 * heads, 1, dim), *torch.randn(2, 1, heads, 1, dim)
@@ -275,7 +284,7 @@ def test_noise_correction(config):
     turned, queries, steps = turned.double().unflatten(1, (heads, 2)), q.double().unflatten(1, (heads, 2)), steps.double()
     logits = torch.einsum("bhrnd,bhtd->bhrnt", queries, keys) * scale
     variance = torch.einsum("bhrnd,bhtd->bhrnt", (scale * turned) ** 2, steps**2) / 12
-    logits[..., config.sinks : config.sinks + variance.shape[-1]] -= variance / 2
+    logits[..., config.sinks : config.sinks + variance.shape[-1]] -= variance / (4 if config.error_feedback else 2)
     expected = torch.einsum("bhrnt,bhtd->bhrnd", logits.softmax(-1), values).flatten(1, 2)
     torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-5)
 
