@@ -337,6 +337,6 @@ def test_the_presets_arithmetic():
 
 
 def test_methods():
-    assert parse_method("mikv4") == parse_method("mikv:important_bits=4:metadata_bits=8")
+    assert parse_method("mikv4") == parse_method("mikv:important=0.25:important_bits=4:metadata_bits=8")
     assert parse_method("mikv:important=0.1:balancer=none:rotation=hadamard").important == 0.1
     assert parse_method("default:key_axis=channel:group=0.5").group == 0.5
