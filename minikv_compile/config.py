@@ -68,14 +68,15 @@ class MiniKVConfig:
     of channels whose mean is further from zero than about 20 standard deviations, after rotation, lose precision."""
     noise_correction: bool = True
     """Lower the logits of packed tokens by half the variance of their rounding errors, as that of a sum of errors that are
-    uniform within a step: `(logit scale)^2 / 24` times the sum of `(query * step)^2` over channels. Noise in a logit makes its
+    uniform within a step: `(logit scale)^2 / 24` times the sum of `(query * step)^2` over channels, half of that with
+    `error_feedback`. Noise in a logit makes its
     exponential larger on the mean, so that packed tokens would draw attention from the others. At most 2 nats; nothing is
     stored for it. Only where `key_axis` is "token", in attention: what `.dequantize()` gives, and a model that goes on without
     the backend, have none of it."""
     error_feedback: bool = True
     """Round each key of the prompt so that its errors cancel in what the prompt's queries see of them (`minikv_compile.feedback`;
-    GPTQ, arXiv 2210.17323). Costs no bytes, and 1 to 2% of a prefill. What generation adds is rounded to nearest; so are heads of
-    more than 256 channels, and the prompt of a `MiniKVCache` whose prefill ran eagerly."""
+    GPTQ, arXiv 2210.17323). Costs no bytes, and 1 to 2% of a prefill of 32K tokens. What generation adds is rounded to nearest; so
+    are heads of more than 256 channels, and the prompt of a `MiniKVCache` whose prefill ran eagerly."""
     rotation: str = "hadamard"
     """Orthogonal rotation of the head dimension before quantizing: "none" or "hadamard" (QuaRot, arXiv 2404.00456)."""
     balancer: str = "none"
