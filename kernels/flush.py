@@ -28,22 +28,22 @@ from .tuning import compress_tuning
 PART = 32
 """Tokens that a program moves at once."""
 
-FIELDS = 6
-"""Columns of a table: the addresses of codes, scale, zero, dense, state and balancer. A row per layer's keys, then per
-layer's values."""
+FIELDS = 7
+"""Columns of a table: the addresses of codes, scale, zero, dense, state and balancer, and how many blocks the tier has room for:
+budgets differ from layer to layer. A row per layer's keys, then per layer's values."""
 
 _tables: dict[tuple[int, ...], Tensor] = {}
-"""Kept tables, by the addresses in them. A captured graph reads its table for as long as it is replayed, so a table lives as
+"""Kept tables, by what is in them. A captured graph reads its table for as long as it is replayed, so a table lives as
 long as the first of the storages whose addresses it holds."""
 
 
 def table_of(keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]], keep: bool = False) -> Tensor:
-    """int64, on the device: the addresses of these tensors. `keep`: and the next call with these tensors finds it.
+    """int64, on the device: `FIELDS` of each of these. `keep`: and the next call with these tensors finds it.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, and no table of these tensors was kept before.
     """
-    name = tuple(t.data_ptr() for tensors in (*keys, *values) for t in tensors)
+    name = tuple(x for tensors in (*keys, *values) for x in (*(t.data_ptr() for t in tensors), tensors[0].shape[2]))
     if name in _tables:
         return _tables[name]
     state = (*keys, *values)[0][4]
@@ -96,8 +96,8 @@ def flush_reference(
     in place.
 
     Args:
-        keys, values: codes, scale, zero, dense, state and balancer of each layer, contiguous and alike. Where not
-            `balanced`, and for values, the last is anything.
+        keys, values: codes, scale, zero, dense, state and balancer of each layer, contiguous, and alike but for the tier's
+            blocks. Where not `balanced`, and for values, the last is anything.
         length, n, room, window, blocks: as of `plan_reference`.
         bits, groups, axes, rotation, clip: as of `compress`; of the keys, and of the values.
         counted: how many new tokens the states count from then on, beside those that leave: where `length` is 0 for good,
@@ -147,16 +147,15 @@ def move_head_up(base, gone, used, pinned, D: tl.constexpr, DP: tl.constexpr, BL
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["length", "n", "counted", "capacity", "room", "window", "blocks", "batch", "tier_blocks"])
+@triton.jit(do_not_specialize=["length", "n", "counted", "capacity", "room", "window", "blocks", "batch"])
 def _plan_kernel(
-    TABLE, PLAN, SEEN, FITS, length, n, counted, capacity, room, window, blocks, batch, tier_blocks,
+    TABLE, PLAN, SEEN, FITS, length, n, counted, capacity, room, window, blocks, batch,
     FIELDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS rows of one layer's keys or values. What will leave, and new tokens, count in the state.
 
     PLAN int32 [layers, 4, batch]: as of `plan_reference`. SEEN int32 [layers, batch, capacity]: zeros where a row flushes.
-    FITS bool, of each program: whether the tiers, of `tier_blocks`, have room for what will leave. `layers` counts keys and
-    values.
+    FITS bool, of each program: whether the tier has room for what will leave. `layers` counts keys and values.
     """
     layer = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -173,8 +172,8 @@ def _plan_kernel(
     tl.store(plan + 3 * batch, pinned, mask=real)
     tl.store(state, offset + gone - counted, mask=real)
     tl.store(state + 2, in_tier + gone, mask=real)
-    fits = tl.min((in_tier + gone <= tier_blocks * BLOCK).to(tl.int32), 0) == 1
-    tl.store(FITS + layer * tl.num_programs(1) + tl.program_id(1), fits)
+    tier = tl.load(TABLE + layer * FIELDS + 6) * BLOCK
+    tl.store(FITS + layer * tl.num_programs(1) + tl.program_id(1), tl.max(in_tier + gone, 0) <= tier)
     if tl.max(gone, 0) > 0:
         seen = SEEN + (layer * batch + row) * capacity
         for first in range(0, capacity, BLOCK):
@@ -183,9 +182,9 @@ def _plan_kernel(
             tl.store(seen[:, None] + slot[None, :], tl.zeros([ROWS, BLOCK], tl.int32), mask=mask)
 
 
-@triton.jit(do_not_specialize=["batch", "first_layer", "capacity", "blocks"])
+@triton.jit(do_not_specialize=["batch", "first_layer", "capacity"])
 def _flush_kernel(
-    TABLE, PLAN, SEEN, SIGNS, SIZES, batch, first_layer, capacity, blocks, inset,
+    TABLE, PLAN, SEEN, SIGNS, SIZES, batch, first_layer, capacity, inset,
     FIELDS: tl.constexpr, VALUE: tl.constexpr, META: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, CHANNEL: tl.constexpr, CHANNELS: tl.constexpr, LAST: tl.constexpr, STEP: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr,
@@ -193,7 +192,7 @@ def _flush_kernel(
     BLOCK: tl.constexpr, SLICES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """One program: one head of one row of one layer, CHANNELS of its channels from CHANNEL on. What is left of the dense region
-    moves up after the LAST ones. `blocks`: capacity of the tiers."""
+    moves up after the LAST ones."""
     layer = first_layer + tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
     row = tl.program_id(1).to(tl.int64)
@@ -207,6 +206,7 @@ def _flush_kernel(
         dense = tl.load(fields + 3).to(tl.pointer_type(VALUE))
         state = tl.load(fields + 4).to(tl.pointer_type(tl.int32))
         balancer = tl.load(fields + 5).to(tl.pointer_type(tl.float32))
+        blocks = tl.load(fields + 6).to(tl.int32)
         first_block, pinned = tl.load(plan + batch), tl.load(plan + 3 * batch)
         for source in range(0, gone // BLOCK):
             filled = source >= 0
@@ -231,7 +231,7 @@ def flush_triton(
     """`flush` in Triton. `keep`: the table, for tensors that stay where they are."""
     if not all(t.is_contiguous() for tensors in (*keys, *values) for t in tensors[:5]):
         raise ValueError("flush writes into contiguous tensors only.")
-    layers, (codes, scale, _, dense, *_) = len(keys) + len(values), (*keys, *values)[0]
+    layers, (_, scale, _, dense, *_) = len(keys) + len(values), (*keys, *values)[0]
     batch, heads, capacity, dim = dense.shape
     table, device = table_of(keys, values, keep), dense.device
     plan = torch.empty(layers, 4, batch, dtype=torch.int32, device=device)
@@ -239,7 +239,7 @@ def flush_triton(
     rows = min(32, triton.next_power_of_2(batch))
     fits = torch.empty(layers, triton.cdiv(batch, rows), dtype=torch.bool, device=device)
     _plan_kernel[tuple(fits.shape)](
-        table, plan, seen, fits, length, n, counted, capacity, room, window, blocks, batch, codes.shape[2],
+        table, plan, seen, fits, length, n, counted, capacity, room, window, blocks, batch,
         FIELDS=FIELDS, ROWS=rows, BLOCK=BLOCK, num_warps=1,
     )  # fmt: skip
     tuning, padded = compress_tuning(dense.element_size()), triton.next_power_of_2(dim)
@@ -251,7 +251,7 @@ def flush_triton(
         ]  # fmt: skip
         for chunk in chunks if held else ():
             _flush_kernel[len(held) * heads, batch](
-                table, plan, seen, signs, sizes, batch, i * len(keys), capacity, codes.shape[2], (1 - clip) / 2,
+                table, plan, seen, signs, sizes, batch, i * len(keys), capacity, (1 - clip) / 2,
                 FIELDS=FIELDS, VALUE=_element(dense), META=_element(scale), HEADS=heads, D=dim, DP=padded,
                 CHANNEL=chunk[0], CHANNELS=chunk[1], LAST=chunk == chunks[-1], STEP=min(padded, tuning.contracted),
                 BITS=bits, GROUP=groups[i], TOKEN_AXIS=axes[i] == "token", KEY_LAYOUT=layout == "key",

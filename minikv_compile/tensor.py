@@ -234,7 +234,7 @@ class KVTensor(DenseOnUse):
 
     def _kind(self) -> tuple:
         """What tensors that are flushed together have alike."""
-        return self.config, self.dense.dtype, self.dense.device, self.dense.shape, self.codes.shape[SEQ]
+        return self.config, self.dense.dtype, self.dense.device, self.dense.shape
 
     def _resize_dense(self, n: int) -> None:
         """Fit the dense region to its tokens and `n` more."""

@@ -175,7 +175,8 @@ def _make_room(rewriter: Rewriter, site: Site, call: Node, mask: Node | None, li
     """Room for the new token of `call`: in one op with that of other layers which are alike."""
     graph = rewriter.graph
     _, _, key, value, _, _, length, padding, _, text = call.args
-    alike = text, *((str(list(shape(x))), example(x).dtype, example(x).device) for x in (*key, *value))  # or symbols
+    dense = (*key[DENSE:], *value[DENSE:])  # tiers may differ in their blocks
+    alike = text, len(key), *((str(list(shape(x))), example(x).dtype, example(x).device) for x in dense)  # or symbols
     there = rewriter.rooms.get(alike)
     given = (*key, *value, length)
     if mask is None and there is not None and all(_only_before(node, there, call) for node in given):

@@ -657,8 +657,9 @@ def test_rows_without_a_prompt_are_read_in_order(used_before):
     assert torch.equal(two.keys.dequantize()[1, :, 400:], torch.cat([k[1] for k, _ in new], 1))
 
 
-def test_layers_that_are_alike_make_room_together():
-    """In one op a step, which checks the mask too; those of another shape in one of their own."""
+@pytest.mark.parametrize("preset", ["default", "minikv"])
+def test_layers_that_are_alike_make_room_together(preset):
+    """In one op a step, which checks the mask too; also where their budgets differ."""
     ops = []
 
     def inner(module, inputs):
@@ -666,8 +667,12 @@ def test_layers_that_are_alike_make_room_together():
         return module
 
     model = tiny(layers=3)
-    compiled(model, MiniKVBackend(MiniKVConfig(), inner))
-    steps(model, prompt(310), 300, MiniKVCache(model, 400))
+    config = MiniKVConfig.preset(preset)
+    compiled(model, MiniKVBackend(config, inner))
+    cache = MiniKVCache(model, 2000, 1, config, 100)
+    steps(model, prompt(310), 300, cache)
+    tiers = {layer.key[0].shape[2] for layer in cache.layers}
+    assert len(tiers) == (3 if preset == "minikv" else 1)
     assert [len(found) for found in ops] == [0, 1]
     assert len(ops[1][0].args[2]) == 3 and ops[1][0].args[5] is not None
 

@@ -19,9 +19,10 @@ from .test_compress import assert_same_codes
 def layers_of(config, used, dim, dtype, device, length=0):
     """Of layers with rows of so many dense tokens each: keys, values, as `flush` takes them."""
     made = {role: [] for role in ROLES}
-    for rows in used:
+    for i, rows in enumerate(used):
         for role in ROLES:
-            *tier, dense, state = allocate(config, role, len(rows), 2, 1000, dim, dtype, device)
+            # Tiers of different sizes.
+            *tier, dense, state = allocate(config, role, len(rows), 2, 1000, dim, dtype, device, max(700 - 200 * i, 300))
             dense.copy_(torch.randn(dense.shape, device=device))
             state[:, 0] = length - torch.tensor(rows, dtype=torch.int32, device=device)
             state[:, 2] = torch.arange(len(rows), device=device) * BLOCK
@@ -139,8 +140,16 @@ def test_a_tier_without_room(device):
     config = MiniKVConfig.preset("minikv")
     full = least_pinned(config) + config.room
     keys, values = layers_of(config, [[10, full], [10, 10]], 64, torch.float32, device)
-    keys[0][4][1, 2] = keys[0][0].shape[2] * BLOCK
-    assert run(flush.flush_triton, config, keys, values).flatten().tolist() == [False, True, True, True]
+    sizes = [tensors[0].shape[2] for tensors in keys]
+    assert sizes[1] < sizes[0]
+    for tensors in (*keys, *values):
+        tensors[4][1, 2] = sizes[1] * BLOCK - BLOCK
+    keys[0][4][1, 2] = sizes[0] * BLOCK
+    assert run(flush.flush_triton, config, *copies(keys, values)).flatten().tolist() == [False, True, True, True]
+    keys[0][4][1, 2] -= 2 * BLOCK
+    keys[1][4][0, 2] = sizes[1] * BLOCK  # room in the first layer's tier
+    keys[1][4][0, 0] = -full
+    assert run(flush.flush_triton, config, keys, values).flatten().tolist() == [True, False, True, True]
     with pytest.raises(ValueError, match="contiguous"):
         keys[0][3] = keys[0][3].transpose(0, 1)
         run(flush.flush_triton, config, keys, values)
