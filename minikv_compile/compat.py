@@ -98,9 +98,19 @@ def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
 
 
 def abandon_capture(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
-    """End a capture in which something failed. Where CUDA says so, `capture_end` of torch before 2.12 leaves the allocator in the
-    pool of the graph, and the next `empty_cache` fails."""
-    for end in (graph.capture_end, lambda: torch._C._cuda_endAllocateToPool(device.index or 0, graph.pool())):
+    """End a capture in which something failed, on its stream. Where CUDA says so, `capture_end` of torch before 2.12 leaves the
+    allocator in the pool of the graph, so that the next `empty_cache` fails, and random numbers in a capture, so that the next
+    one fails: until a capture has ended well."""
+
+    def end_another() -> None:
+        another = torch.cuda.CUDAGraph()
+        another.capture_begin(capture_error_mode="thread_local")
+        torch.ones(1, device=device)  # torch warns of an empty graph
+        another.capture_end()
+
+    for end in (
+        graph.capture_end, lambda: torch._C._cuda_endAllocateToPool(device.index or 0, graph.pool()), end_another,
+    ):  # fmt: skip
         with suppress(Exception):  # the first error is the one to tell
             end()
 
@@ -429,6 +439,12 @@ def realized(x: Any, unit_last: bool = True) -> Any:
         x = ir.ExternKernel.require_contiguous(x)
     if isinstance(x.get_layout(), ir.FlexibleLayout):
         x.freeze_layout()
+    return x
+
+
+def in_memory(x: Any) -> Any:
+    """`x` as it is, computed by a kernel of its own."""
+    x.realize()
     return x
 
 

@@ -1,4 +1,5 @@
-"""Inductor's lowering of `minikv::decode_attention`: its three kernels as Triton templates, in place of the opaque op.
+"""Inductor's lowering of `minikv::decode_attention`: its three kernels as Triton templates, in place of the opaque op. (And of
+`minikv::once`.)
 
 The templates (`kernels/templates/`) call the device functions that the op launches, with the constants that it launches
 them with (`attend.launches`): there is one arithmetic. What they add is what Inductor can do with a kernel that it
@@ -72,6 +73,7 @@ def register() -> None:
         return opaque(q, k, v, k_tier, v_tier, k_dense, v_dense, state, length, scale, config, padding)
 
     compat.inductor().register_lowering(op, type_promotion_kind=None)(lower)
+    compat.inductor().register_lowering(torch.ops.minikv.once.default, type_promotion_kind=None)(compat.in_memory)
 
 
 def _applies(q: Any, k: Any, k_dense: Any, v_dense: Any, whole: Sequence[Any], scale: Any, padding: Any) -> bool:

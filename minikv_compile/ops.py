@@ -441,6 +441,17 @@ def place_tokens(values: Tensor, mask: Tensor) -> Tensor:
     return take_tokens(values, source).masked_fill(~mask[..., None], 0)
 
 
+@custom_op("minikv::once", mutates_args=())
+def once(x: Tensor) -> Tensor:
+    """A copy of `x`: to Inductor, `x` itself, in memory, and not computed again by each kernel that reads it (`lowering`)."""
+    return x.clone()
+
+
+@once.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
 @custom_op("minikv::dequantize", mutates_args=())
 @on_its_own
 def dequantize(

@@ -23,6 +23,7 @@ from . import fixed, functional, static
 from .graph import callee, erase_dead, example, is_call, is_getitem, same, shape, size_getter
 from .layers import Layers, number
 from .masks import Predicate, is_written, read_mask, reduces_to_padding
+from .once import compute_once
 from .sight import check_now
 from .sites import NotKept, NotTaken, Site, outputs, read_site, sites_in, where
 from .sizes import lower_sizes
@@ -158,6 +159,8 @@ class Rewriter:
         for layer, change in changes:
             change(shared.index(layer), len(shared))
         self._densify_rest()
+        if self.fused and changes:
+            compute_once(self.graph)
         output = self.graph.output_node()
         output.args = (tuple(self._flat_outputs()),)
         self.graph.lint()

@@ -12,13 +12,15 @@ from torch._inductor import config as inductor
 from torch._inductor.utils import run_and_get_code
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.torch_version import TorchVersion
+from transformers import DynamicCache
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from minikv_compile import MiniKVBackend, MiniKVConfig, compat, lowering, ops
+from minikv_compile.passes.graph import callee
 from minikv_compile.passes.rewrite import Rewriter
 
-from .helpers import VOCAB, prompt
+from .helpers import VOCAB, prompt, tiny
 
 minikv = torch.ops.minikv
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -238,6 +240,38 @@ def test_through_the_backend_without_templates(monkeypatch):
     monkeypatch.setattr(lowering, "_call", None)
     with inductor.patch(cpu_backend="cpp"):
         decode_in_both("default")
+
+
+@pytest.mark.parametrize("computed", [1, 2])
+def test_once(computed):
+    """What several kernels read is computed by each, or by one."""
+    position, few, many = torch.randn(1, DIM, device=DEVICE), torch.randn(3, DIM, device=DEVICE), torch.randn(5, DIM, device=DEVICE)
+
+    def run(position, *read):
+        turned = position.cos()
+        turned = minikv.once(turned) if computed == 1 else turned
+        return [(x * turned).sum(1) for x in read]
+
+    got, code = compile_and_run(run, position, few, many)
+    torch.testing.assert_close(got, run(position, few, many))
+    assert code.count("math.cos(") == computed and not re.search(r"minikv\.once", code)
+
+
+def test_positions_of_a_step_are_turned_once(monkeypatch):
+    """In the graph of a decode step: its cosine and its sine; of a prompt nothing."""
+    found, model = [], tiny().to(DEVICE)
+
+    def kept(module, inputs):
+        found.append([node.args[0] for node in module.graph.nodes if node.target is minikv.once.default])
+        return module
+
+    monkeypatch.setattr(compat, "inner_compiler", lambda *_: kept)
+    run = torch.compile(type(model).forward.__get__(model), backend=MiniKVBackend())
+    caches = DynamicCache()
+    with torch.no_grad():
+        for ids in (prompt(40), prompt(1)):
+            run(ids.to(DEVICE), past_key_values=caches)
+    assert [len(nodes) for nodes in found] == [0, 2] and {callee(node) for node in found[1]} == {"cos", "sin"}
 
 
 def test_caches_know_the_text(monkeypatch, tmp_path):

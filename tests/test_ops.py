@@ -56,6 +56,10 @@ def opcheck(op, *args):
     torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
+def test_opcheck_once():
+    opcheck(minikv.once, torch.randn(1, 1, 32))
+
+
 def test_opcheck_align_rows():
     opcheck(minikv.align_rows, left_padding([7, 3], 7))
 
