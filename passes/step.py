@@ -19,9 +19,8 @@ from .rewrite import Longer, Rewritten
 
 minikv = torch.ops.minikv
 
-DEVICES = {"cuda"} if os.environ.get("MINIKV_CUDA_GRAPHS") == "1" else set()
-"""Types of devices whose decode steps become one CUDA graph without being asked (`MINIKV_CUDA_GRAPHS=1`); with
-`mode="reduce-overhead"` all do. (The tests add "cpu".)"""
+DEVICES = set() if os.environ.get("MINIKV_CUDA_GRAPHS") == "0" else {"cuda"}
+"""Types of devices whose decode steps become one CUDA graph (none with `MINIKV_CUDA_GRAPHS=0`). (The tests add "cpu".)"""
 
 MOST_FED = 1 << 20
 """Bytes of an argument that may be copied in each step, where it can lie elsewhere than in the step before."""
