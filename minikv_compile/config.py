@@ -16,7 +16,7 @@ from .rotation import ROTATIONS
 PLAIN = dict(clip=1.0, metadata_bits=16, noise_correction=False, error_feedback=False, rotation="none", sinks=0)
 """Without what papers before us do not have."""
 MIKV = dict(
-    PLAIN, group=0.5, key_axis="channel", balancer="mikv", important=0.2, importance="heavy_hitter", rotation="hadamard",
+    PLAIN, group=0.5, key_axis="channel", balancer="mikv", important=0.2, importance="heavy_outlier", rotation="hadamard",
     error_feedback=True, clip=0.9,
 )  # fmt: skip
 PRESETS: dict[str, dict] = {
@@ -102,8 +102,8 @@ class MiniKVConfig:
     blocks of 128 tokens. (MiniKV's residual length, 128.)"""
     policy: str = "keep_all"
     """Which prompt tokens are kept: "keep_all", or the name of a `Policy` (policy.py): "heavy_hitter" (MiniKV, H2O),
-    "q_hitter", "observation_window" (SnapKV), "recent" (StreamingLLM), "key_norm", "key_outlier", "random"; or a `Policy`
-    object of your own."""
+    "q_hitter", "observation_window" (SnapKV), "recent" (StreamingLLM), "key_norm", "key_outlier", "heavy_outlier", "random";
+    or a `Policy` object of your own."""
     observed: int = 64
     """Newest prompt queries whose attention "observation_window" looks at, in tokens (SnapKV section 4)."""
     pool: int = 7

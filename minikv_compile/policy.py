@@ -85,8 +85,7 @@ class QHitter(Policy):
         attention = _from_0_to_1(prompt.attention)
         friendly = 1 - (_from_0_to_1(_disparity(prompt.keys)) + _from_0_to_1(_disparity(prompt.values))) / 2
         score = self.weight * attention + (1 - self.weight) * friendly
-        surest = attention.topk(round(self.surest * prompt.n), dim=-1).indices
-        return score.scatter_add(1, surest, torch.ones_like(score))
+        return _first(attention, self.surest, score)
 
 
 def _disparity(x: Tensor) -> Tensor:
@@ -97,6 +96,12 @@ def _disparity(x: Tensor) -> Tensor:
 def _from_0_to_1(x: Tensor) -> Tensor:
     low, high = x.aminmax(dim=-1, keepdim=True)
     return (x - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _first(by: Tensor, share: float, score: Tensor) -> Tensor:
+    """Scores from 0 to 1, more for the share of each head's tokens that are the highest `by` something else."""
+    first = by.topk(round(share * by.shape[1]), dim=-1).indices
+    return score.scatter_add(1, first, torch.ones_like(score))
 
 
 class ObservationWindow(Policy):
@@ -139,6 +144,18 @@ class KeyOutlier(Policy):
         return distance_from_mean(prompt.keys)
 
 
+class HeavyOutlier(Policy):
+    """Heavy hitters, behind a few tokens whose keys are far from the head's mean: a prompt's own attention does not say what a
+    question after it will look for (docs/design.md)."""
+
+    name, observes = "heavy_outlier", "all"
+    outliers: ClassVar[float] = 0.03
+    """The share of the tokens that their keys choose."""
+
+    def score(self, prompt: Prompt, config: MiniKVConfig) -> Tensor:
+        return _first(distance_from_mean(prompt.keys), self.outliers, _from_0_to_1(prompt.attention))
+
+
 class Random(Policy):
     """The control: the same tokens in every run, others in every layer."""
 
@@ -151,7 +168,7 @@ class Random(Policy):
 
 
 KEEP_ALL = "keep_all"
-OURS = (HeavyHitter(), QHitter(), ObservationWindow(), Recent(), KeyNorm(), KeyOutlier(), Random())
+OURS = (HeavyHitter(), QHitter(), ObservationWindow(), Recent(), KeyNorm(), KeyOutlier(), HeavyOutlier(), Random())
 POLICIES: dict[str, Policy | None] = {
     KEEP_ALL: None,
     **{policy.name: policy for policy in OURS},
