@@ -73,7 +73,7 @@ class MiniKVBackend:
         if not rewritten.outputs_changed:
             return inner(module, example_inputs)
         self._check_gradients(example_inputs)
-        inputs, boundary = desugar(rewritten, rewriter.originals, example_inputs, self.config, self._replays())
+        inputs, boundary = desugar(rewritten, rewriter.originals, example_inputs, self.config, self._replays(mode, options))
         inputs = [compat.settled(x) for x in inputs]
         if boundary.step is None:
             boundary.compiled = inner(rewritten.module, inputs)
@@ -86,9 +86,10 @@ class MiniKVBackend:
                 boundary.parameters, boundary.on_model = (places[0], places[-1]), partial(_record, places)
         return boundary
 
-    def _replays(self) -> set[str]:
+    def _replays(self, mode: str | None, options: dict[str, Any] | None) -> set[str]:
         """Kinds of devices on which a decode step may run as a CUDA graph. Of other compilers, nobody knows."""
-        return step.DEVICES if self.inner in ("inductor", "eager", "aot_eager") else set()
+        refused = mode == "max-autotune-no-cudagraphs" or (options or {}).get("triton.cudagraphs") is False
+        return step.DEVICES if self.inner in ("inductor", "eager", "aot_eager") and not refused else set()
 
     def _check_gradients(self, example_inputs: Sequence[Any]) -> None:
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):

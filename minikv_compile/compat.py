@@ -105,8 +105,10 @@ def abandon_capture(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
     def end_another() -> None:
         another = torch.cuda.CUDAGraph()
         another.capture_begin(capture_error_mode="thread_local")
-        torch.ones(1, device=device)  # torch warns of an empty graph
-        another.capture_end()
+        try:
+            torch.ones(1, device=device)  # torch warns of an empty graph
+        finally:
+            another.capture_end()
 
     for end in (
         graph.capture_end, lambda: torch._C._cuda_endAllocateToPool(device.index or 0, graph.pool()), end_another,

@@ -234,9 +234,9 @@ class MiniKVConfig:
         - `minikv`: the paper's arithmetic and budgets (MiniKV section 4): 2 bits, group 16, 25% heavy hitters + 25%
           recent, pyramid of depth 7. About 14% at 8K. Drops half of the prompt: facts can be lost.
         - `mikv`: MiKV's (section 4): 20% of the prompt, heavy hitters and the newest, at 16 bits, the rest at 2, in groups of
-          half a head along channels, balanced; nothing dropped. 33% of dense at 8K (head_dim 128), 36% (64). How its codes are
-          rounded is ours: rotated, clipped to 90%, with error feedback. The paper's arithmetic is
-          `mikv:rotation=none:error_feedback=False:clip=1.0`.
+          half a head along channels, balanced; nothing dropped. 33% of dense at 8K (head_dim 128), 36% (64). Before heavy hitters
+          come the 3% furthest keys, and how codes are rounded is ours: rotated, clipped to 90%, with error feedback. The paper's
+          is `mikv:importance=heavy_hitter:rotation=none:error_feedback=False:clip=1.0`.
         - `mikv4`: the same with a quarter at 4 bits, metadata of 8. 19% of dense at 8K (head_dim 128), 21% (64).
         - `hybrid`: drops a quarter of the prompt, packs most of the rest at 2 bits, and holds the 128 furthest outliers of
           each KV head unquantized. About 14% at 8K.

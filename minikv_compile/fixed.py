@@ -226,7 +226,8 @@ def make_room(
     Nothing on the host depends on the device: it can be captured in a CUDA graph.
 
     Args:
-        key, value: the tensors of the layers (`names`), one layer after the other; all layers' are alike. length: of each.
+        key, value: the tensors of the layers (`names`), one layer after the other; all layers' are alike, but for the tiers'
+            blocks. length: of each.
         n: 1, or any number where there is no tier.
         padding: of the first layer. mask: [batch or 1, 1, n, max_length], what its attention was to see: checked. None:
             checked elsewhere. max_length: checked. None: checked elsewhere.

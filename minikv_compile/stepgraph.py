@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -54,6 +54,26 @@ class Layout:
         )  # fmt: skip
 
 
+class States:
+    """Those of all sites of a step, with the lengths taken off their offsets."""
+
+    def __init__(self, like: Tensor, count: int):
+        size = like.numel()
+        rows = like.new_empty(count, -(-size // ALIGNED) * ALIGNED)[:, :size].unflatten(1, like.shape)
+        self.tensors, self.lengths, self._offsets = list(rows.unbind()), like.new_empty(count), rows[..., OFFSET]
+
+    def set_lengths(self, lengths: Sequence[int]) -> None:
+        if len(set(lengths)) == 1:
+            self.lengths.fill_(lengths[0])
+        else:
+            for one, length in zip(self.lengths.unbind(), lengths, strict=True):
+                one.fill_(length)
+
+    def take(self, states: list[Tensor]) -> None:
+        compat.copy_all(self.tensors, states)
+        self._offsets.sub_(self.lengths[:, None])
+
+
 class StepGraph:
     """Calls a compiled decode step, and replays it as a CUDA graph where all that is not copied lies where it lay.
 
@@ -70,8 +90,7 @@ class StepGraph:
         self._replays = 0
         self._fails = False
         self._fed: list[Tensor] = []
-        self._states: list[Tensor] = []  # whose offsets are less by the length
-        self._offsets = self._lengths = torch.empty(0)
+        self._states: States | None = None
         self._lock = threading.Lock()
 
     def __call__(self, *inputs: Any) -> list[Any]:
@@ -81,21 +100,23 @@ class StepGraph:
     def _call(self, inputs: Sequence[Any]) -> list[Any]:
         known = len(inputs) - len(self.layout.states)
         inputs, lengths = inputs[:known], inputs[known:]
-        stream = stream_of(inputs[0].device)
+        if is_capturing(inputs[0].device):  # the caller's graph has states of its own
+            states = self._new_states(inputs)
+            states.set_lengths(lengths)
+            return self._run(inputs, states)
+        stream, alone = stream_of(inputs[0].device), is_alone()
         now = (stream, *self.layout.now(inputs))
         if now != self._now:
             if self._now is not None and stream != self._now[0]:
-                self._states, self._graph = [], None  # the other stream may still be at work in them
+                self._states, self._graph = None, None  # the other stream may still be at work in them
             self._begin(now, inputs)
-        self._set(lengths)
-        if is_capturing(inputs[0].device):
-            return self._run(inputs)
+        self._states.set_lengths(lengths)
         if self._outputs is None:
-            if not self._is_time():
+            if not (self._is_time() and alone):
                 self._calls += 1
-                return self._run(inputs)
+                return self._run(inputs, self._states)
             if not self._capture(inputs):
-                return self._run(inputs)
+                return self._run(inputs, self._states)
         for copy, i in zip(self._fed, self.layout.fed, strict=True):
             _fill(copy, inputs[i])
         self._graph.replay()
@@ -106,28 +127,19 @@ class StepGraph:
     def _begin(self, now: tuple, inputs: Sequence[Tensor]) -> None:
         """Forget what was captured."""
         self._now, self._calls, self._outputs, self._fed = now, 0, None, []
-        state = inputs[self.layout.states[0]]
-        if not self._states or self._states[0].shape != state.shape:
-            count, size = len(self.layout.states), state.numel()
-            rows = state.new_empty(count, -(-size // ALIGNED) * ALIGNED)[:, :size].unflatten(1, state.shape)
-            self._states, self._offsets = list(rows.unbind()), rows[..., OFFSET]
-            self._lengths = state.new_empty(count)
+        if self._states is None or self._states.tensors[0].shape != inputs[self.layout.states[0]].shape:
+            self._states = self._new_states(inputs)
 
-    def _set(self, lengths: Sequence[int]) -> None:
-        if len(set(lengths)) == 1:
-            self._lengths.fill_(lengths[0])
-        else:
-            for one, length in zip(self._lengths.unbind(), lengths, strict=True):
-                one.fill_(length)
+    def _new_states(self, inputs: Sequence[Tensor]) -> States:
+        return States(inputs[self.layout.states[0]], len(self.layout.states))
 
-    def _run(self, inputs: Sequence[Tensor]) -> list[Any]:
+    def _run(self, inputs: Sequence[Tensor], states: States) -> list[Any]:
         """The step, from the lengths on."""
         inputs = list(inputs)
-        compat.copy_all(self._states, [inputs[i] for i in self.layout.states])
-        self._offsets.sub_(self._lengths[:, None])
-        for i, state in zip(self.layout.states, self._states, strict=True):
+        states.take([inputs[i] for i in self.layout.states])
+        for i, state in zip(self.layout.states, states.tensors, strict=True):
             inputs[i] = state
-        return list(self.compiled(*inputs, self._lengths))
+        return list(self.compiled(*inputs, states.lengths))
 
     def _is_time(self) -> bool:
         """Whether the step is to be captured."""
@@ -141,7 +153,7 @@ class StepGraph:
                 static[i] = torch.empty_strided(inputs[i].shape, inputs[i].stride(), dtype=inputs[i].dtype, device=inputs[i].device)
                 _fill(static[i], inputs[i])
             self._fed = [static[i] for i in self.layout.fed]
-            self._graph, self._outputs = capture(lambda: self._run(static), inputs[0].device, self._graph)
+            self._graph, self._outputs = capture(lambda: self._run(static, self._states), inputs[0].device, self._graph)
         except Exception as error:  # whatever a model does that a CUDA graph cannot hold: it runs without
             log.warning("a decode step stays without a CUDA graph: %s", error)
             self._fails, self._graph, self._fed = True, None, []
@@ -168,30 +180,49 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-@functools.cache
-def _side(device: torch.device) -> torch.cuda.Stream:
-    # One for all captures: cuBLAS keeps a workspace for each stream that it has seen.
-    return torch.cuda.Stream(device)
+_one = threading.Lock()
+"""Held by who captures: torch knows one capture at a time."""
+_threads: WeakSet[threading.Thread] = WeakSet()
 
 
-def capture(run: Callable[[], list[Any]], device: torch.device, old: Any) -> tuple[Any, list[Any]]:
+def is_alone() -> bool:
+    """Whether of the threads that are alive only this one has run steps. While a graph is captured, torch refuses random numbers
+    on its device to all other threads, and another that decodes may sample."""
+    with _one:
+        _threads.add(threading.current_thread())
+        return sum(thread.is_alive() for thread in _threads) == 1
+
+
+@dataclass
+class SideGraph:
+    """A CUDA graph, and the stream on which it was captured: cuBLAS keeps a workspace for each stream that it has seen, so that
+    this one's lies in the graph's memory, and nobody else writes there."""
+
+    graph: torch.cuda.CUDAGraph
+    stream: torch.cuda.Stream
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+def capture(run: Callable[[], list[Any]], device: torch.device, old: SideGraph | None) -> tuple[SideGraph, list[Any]]:
     """A CUDA graph of `run`, in the memory of an `old` one, and what it returns. Other than `torch.cuda.graph` it neither
     collects garbage nor gives memory back, which takes longer than the capture."""
-    graph, side, collects = torch.cuda.CUDAGraph(), _side(device), gc.isenabled()
-    with torch.cuda.device(device):
+    graph, side, collects = torch.cuda.CUDAGraph(), torch.cuda.Stream(device) if old is None else old.stream, gc.isenabled()
+    with _one, torch.cuda.device(device):
         side.wait_stream(torch.cuda.current_stream())
         gc.disable()  # what it might free must not be freed now
         try:
             with torch.cuda.stream(side):
-                graph.capture_begin(*(() if old is None else (old.pool(),)), capture_error_mode="thread_local")
                 try:
+                    graph.capture_begin(*(() if old is None else (old.graph.pool(),)), capture_error_mode="thread_local")
                     outputs = run()
                     graph.capture_end()
-                except Exception:
+                except BaseException:  # Ctrl-C, too
                     compat.abandon_capture(graph, device)
                     raise
         finally:
             if collects:
                 gc.enable()
         torch.cuda.current_stream().wait_stream(side)
-    return graph, outputs
+    return SideGraph(graph, side), outputs

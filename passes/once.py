@@ -4,7 +4,7 @@ them; past 100,000 tokens, where a float's range takes many steps to reduce, the
 from __future__ import annotations
 
 import torch
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from .. import lowering
 from .graph import example, is_call, same, shape
@@ -15,8 +15,12 @@ minikv = torch.ops.minikv
 def compute_once(graph: Graph) -> None:
     """Put `minikv::once` behind the sines and cosines of one token's position, where Inductor has our lowering of it."""
     for node in list(graph.nodes):
-        if is_call(node, "cos", "sin") and same(shape(node)[1:2], (1,)) and example(node).device.type in lowering.DEVICES:
+        if is_call(node, "cos", "sin") and _is_of_one_token(node) and example(node).device.type in lowering.DEVICES:
             with graph.inserting_after(node):
                 once = graph.call_function(minikv.once.default, (node,))
             once.meta.update(node.meta)
             node.replace_all_uses_with(once, lambda user, once=once: user is not once)
+
+
+def _is_of_one_token(node: Node) -> bool:
+    return len(shape(node)) > 1 and same(shape(node)[1], 1)

@@ -21,7 +21,7 @@ from minikv_compile.tasks import make_sample
 from .helpers import all_compressed, compiled, greedy, kinds, logits_of, make_backend, prompt, tiny
 from .test_ops import compress, left_padding
 
-PAPER = dict(rotation="none", error_feedback=False, clip=1.0)  # how it rounds
+PAPER = dict(importance="heavy_hitter", rotation="none", error_feedback=False, clip=1.0)
 PRESETS = ["mikv", "mikv4"]
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny_decoder"
 MODEL = EXAMPLE / "model"
@@ -198,7 +198,7 @@ def test_fixed_cache_is_the_dynamic_one(preset):
 def test_eager_prefills_of_a_fixed_cache_raise():
     """Neither scores nor the range of queries reach them."""
     model = tiny(head_dim=32)
-    for config, what in ((MiniKVConfig.preset("mikv"), "policy 'heavy_hitter'"), (MiniKVConfig(balancer="mikv"), "balancer")):
+    for config, what in ((MiniKVConfig.preset("mikv"), "policy 'heavy_outlier'"), (MiniKVConfig(balancer="mikv"), "balancer")):
         with pytest.raises(ValueError, match=what), torch.no_grad():
             model(prompt(1200), past_key_values=MiniKVCache(model, 1700, 1, config))
 

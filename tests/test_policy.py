@@ -122,6 +122,20 @@ def test_observation_window_sees_what_the_last_queries_ask_for():
     assert score.tolist() == [[0, 0, 5, 5, 5, 0, 1, 1, 1]]
 
 
+def test_heavy_outliers_are_the_furthest_keys_then_heavy_hitters():
+    n = 100
+    attention, keys = torch.rand(2, n), torch.randn(2, n, 8)
+    keys[0, [40, 7, 90]] *= 20
+    keys[1, [3, 4, 5]] *= 20
+    attention[:, 4] = 9.0  # of both kinds in one head
+    score = POLICIES["heavy_outlier"].score(Prompt(n, 0, attention, keys, keys, None), MiniKVConfig())
+    order = score.argsort(dim=-1, descending=True)
+    assert order[0, :3].sort().values.tolist() == [7, 40, 90] and order[1, :3].sort().values.tolist() == [3, 4, 5]
+    for head in range(2):
+        heavy = attention[head].argsort(descending=True)
+        assert torch.equal(order[head, 3:], heavy[~torch.isin(heavy, order[head, :3])])
+
+
 def test_q_hitters_get_attention_and_quantize_well():
     """Of tokens with as much attention those of narrow ranges; the surest heavy hitters whatever their ranges are."""
     n = 100
@@ -190,7 +204,7 @@ def test_important_tokens_are_those_of_the_highest_scores(lengths, sinks, count,
             assert torch.equal(places, distance[:, sinks:last].topk(count).indices.sort().values + sinks)
 
 
-@pytest.mark.parametrize("importance", ["heavy_hitter", "observation_window", "recent", "random"])
+@pytest.mark.parametrize("importance", ["heavy_hitter", "heavy_outlier", "observation_window", "recent", "random"])
 def test_importance_by_any_policy(importance):
     """Also one that looks at attention, for which the prefill then computes scores."""
     model = tiny()

@@ -232,10 +232,39 @@ def test_a_capture_that_fails(monkeypatch, caplog):
 
 @torch.no_grad()
 def test_inside_a_capture_of_the_caller(monkeypatch):
-    monkeypatch.setattr(stepgraph, "is_capturing", lambda device: True)
+    """His graph is of his step alone, and ours is good afterwards."""
     model = compiled(tiny(), make_backend())
+    cache, new = read(model, prompt(100)), prompt(10)
+    other = copy.deepcopy(cache)
+    want = steps(model, cache, new)
+    made, replayed = Graph.made, Graph.replayed
+    with monkeypatch.context() as within:
+        within.setattr(stepgraph, "is_capturing", lambda device: True)
+        torch.testing.assert_close(steps(model, other, new), want)
+        assert (Graph.made, Graph.replayed) == (made, replayed)
+    steps(model, cache, prompt(3))
+    assert made == Graph.made and Graph.replayed == replayed + 3
+
+
+@torch.no_grad()
+def test_nothing_is_captured_while_another_thread_decodes():
+    model = compiled(tiny(), make_backend())
+    cache = read(model, prompt(100))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(stepgraph.is_alone).result() in (True, False)
+        steps(model, cache, prompt(10))
+        assert Graph.made == 0
+    steps(model, cache, prompt(3))
+    assert Graph.made == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("asked", [{"mode": "max-autotune-no-cudagraphs"}, {"options": {"triton.cudagraphs": False}}])
+def test_who_wants_none_gets_none(asked):
+    model = tiny()
+    model.compile(backend=make_backend(), **asked)
     steps(model, read(model, prompt(100)), prompt(10))
-    assert Graph.made == 0
+    assert Graph.made == 0 and captured() == (2, 0)
 
 
 @torch.no_grad()
