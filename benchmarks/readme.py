@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- by benchmarks/readme.py: -->\n", "<!-- end -->\n"
-FILES = "tuned.json", "tuned_batch.json", "end_to_end.json", "prompts.json", "short.json", "peers.json", "kvpress.json"
+FILES = "tuned.json", "end_to_end.json", "prompts.json", "short.json", "peers.json", "kvpress.json"
 DENSE = "dense"
 
 
