@@ -20,6 +20,11 @@ def tokens(n: int) -> str:
     return f"{n // 1024}K" if n % 1024 == 0 else str(n)
 
 
+def note(found: dict[str, Any]) -> list[str]:
+    """What a file says of its run."""
+    return ["", f"({found['note']})"] if "note" in found else []
+
+
 def table(file: str, found: dict[str, Any]) -> str:
     """A row per case and method of one file of `minikv bench`, against the dense decoder of the same case."""
     lines = [
@@ -42,7 +47,7 @@ def table(file: str, found: dict[str, Any]) -> str:
             cells += [f"{dense['per_token'] / row['per_token']:.2f}", f"{row['first_token'] / dense['first_token']:.2f}"]
             cells += [f"{row[name] / dense[name]:.1%}" if dense[name] else "" for name in ("decode_peak", "cache_bytes")]
         lines.append(f"| {case} | `{row['method']}` | {' | '.join(cells + [''] * (5 - len(cells)))} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + note(found)) + "\n"
 
 
 def capacity_table(file: str, found: dict[str, Any]) -> str:
@@ -59,9 +64,7 @@ def capacity_table(file: str, found: dict[str, Any]) -> str:
             if row["too_many"] else
             f"| {what} | `{row['method']}` | {row['planned']:,} | {row['fits']:,} | | {share} |"
         )  # fmt: skip
-    if "note" in found:
-        lines += ["", found["note"]]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + note(found)) + "\n"
 
 
 def long_table(file: str, found: dict[str, Any]) -> str:
@@ -79,7 +82,7 @@ def long_table(file: str, found: dict[str, Any]) -> str:
             f"| {max(row['beyond_cache'] for row in rows) / 2**20:.1f} MiB of {last['allocated'] / 2**20:,.0f} "
             f"| {last['graphs']} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + note(found)) + "\n"
 
 
 def cpu_table(found: dict[str, Any]) -> str:
