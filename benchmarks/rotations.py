@@ -19,12 +19,11 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from simulate import ROOT, Prompt, Stored, continued, read, stored
+from simulate import ROOT, Prompt, Stored, stored, text_kl
 from torch import Tensor
 
 from minikv_compile.cli import load
 from minikv_compile.cli_options import split_methods
-from minikv_compile.haystack import held_out_ids
 from minikv_compile.measure import parse_method
 from minikv_compile.provenance import provenance
 from minikv_compile.rotation import hadamard
@@ -81,23 +80,21 @@ def main(
     length: int = 4096,
     texts: int = 12,
     seed: int = 5_000_000,
-    continuation: int = 128,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lm, tokenizer = load(model, device, "bfloat16" if device == "cuda" else "float32")
     names = split_methods(methods)
     sums: dict[str, dict[str, float]] = {}
+
+    def caches(prompt: Prompt) -> dict[tuple[str, str], Stored]:
+        return {(what, name): cache for name in names for what, cache in variants(prompt, name).items()}
+
     with torch.no_grad():
         for i in track(range(texts), "texts"):
-            ids = torch.tensor([held_out_ids(tokenizer, length + continuation, seed + i)], device=lm.device)
-            prompt = read(lm, ids[:, :length], ids[:, length:])
-            full = continued(lm, stored(prompt, None), length - 1, prompt.tokens[:, :-1]).log_softmax(-1)
-            for name in names:
-                for what, cache in variants(prompt, name).items():
-                    other = continued(lm, cache, length - 1, prompt.tokens[:, :-1]).log_softmax(-1)
-                    kl = (full.exp() * (full - other)).sum(-1).mean().item()
-                    sums.setdefault(what, {name: 0.0 for name in names})[name] += kl / texts
+            found = text_kl(lm, tokenizer, length, seed + i, caches)
+            for (what, name), kl in found.items():
+                sums.setdefault(what, dict.fromkeys(names, 0.0))[name] += kl / texts
     table = Table("rotation", *names, title=f"KL(full || stored) of text, nats: {texts} texts of {length:,} tokens")
     for what, row in sums.items():
         table.add_row(what, *(f"{kl:.4f}" for kl in row.values()))

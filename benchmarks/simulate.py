@@ -10,9 +10,10 @@ the likeliest one. So small differences show, on the same prompts, at a tenth of
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -145,14 +146,19 @@ def continued(model, cache: Stored, past: int, tokens: Tensor) -> Tensor:
         return model(tokens, past_key_values=held, position_ids=positions).logits[0].float()
 
 
-def text_kl(lm, tokenizer, length: int, seed: int, names: list[str], continuation: int = 128) -> Tensor:
-    """KL(full || variant) of the next tokens of held-out source code, mean, in nats: fp32 [variants]."""
+def text_kl(
+    lm, tokenizer, length: int, seed: int, caches: Callable[[Prompt], dict[Any, Stored]], continuation: int = 128
+) -> dict[Any, float]:  # fmt: skip
+    """KL(full || cache) of the next tokens of held-out source code, mean, in nats, of each of a prompt's `caches`."""
     ids = torch.tensor([held_out_ids(tokenizer, length + continuation, seed)], device=lm.device)
     prompt = read(lm, ids[:, :length], ids[:, length:])
-    fed = prompt.tokens[:, :-1]
-    chances = [continued(lm, stored(prompt, parse_method(name)), length - 1, fed).log_softmax(-1) for name in ["full", *names]]
-    full, *others = chances
-    return torch.stack([(full.exp() * (full - other)).sum(-1).mean() for other in others])
+
+    def chances(cache: Stored) -> Tensor:
+        return continued(lm, cache, length - 1, prompt.tokens[:, :-1]).log_softmax(-1)
+
+    full = chances(stored(prompt, None))
+    others = {name: chances(cache) for name, cache in caches(prompt).items()}
+    return {name: (full.exp() * (full - other)).sum(-1).mean().item() for name, other in others.items()}
 
 
 def main(
@@ -171,6 +177,10 @@ def main(
     names, where = split_methods(methods), listed(places, PLACES, "--places")
     texts = -(-prompts // 10) if texts < 0 else texts
     rows: dict[str, dict[str, float]] = {name: {} for name in names}
+
+    def caches(prompt: Prompt) -> dict[str, Stored]:
+        return {name: stored(prompt, parse_method(name)) for name in names}
+
     with torch.no_grad():
         for length in numbers(lengths, "--lengths"):
             for task in listed(tasks, FACT_TASKS, "--tasks"):
@@ -181,7 +191,7 @@ def main(
                             rows[name][column] = rows[name].get(column, 0.0) + value / count
                 print(task, length, {name: row for name, row in rows.items()}, flush=True)
             for i in range(texts):
-                for name, kl in zip(names, text_kl(lm, tokenizer, length, seed + i, names).tolist(), strict=True):
+                for name, kl in text_kl(lm, tokenizer, length, seed + i, caches).items():
                     rows[name][f"kl_{length}"] = rows[name].get(f"kl_{length}", 0.0) + kl / texts
     columns = list(rows[names[0]])
     table = Table("stored", *columns, title=f"exact match of {prompts} prompts; KL(full || variant) on text, nats")
