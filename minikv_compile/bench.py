@@ -260,7 +260,8 @@ def run(method: str, model: Any, case: Case, settings: Settings) -> Iterator[Fig
         prefill_peak = timer.peak()
         begun = time.perf_counter()
         if step is None or decoder.recaptured or not decoder.captures:
-            decoder.step()
+            for _ in range(decoder.warm_up):
+                decoder.step()
             step = captured(decoder.step, device) if decoder.captures else decoder.step
             timer.wait()
             preparation += time.perf_counter() - begun

@@ -17,6 +17,7 @@ from .config import MiniKVConfig
 from .peers import Peer, pressed
 from .plan import held_bytes
 from .report import cache_report
+from .stepgraph import TRIALS
 
 
 def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
@@ -44,6 +45,8 @@ class Decoder:
     """Whether a captured step holds for one length only."""
     captures = True
     """Whether its step can be captured in a CUDA graph."""
+    warm_up = 1
+    """Steps after a prompt before any is timed."""
 
     def __init__(self, model: Any, batch: int):
         self.model, self.batch = model, batch
@@ -284,6 +287,9 @@ class Quanto(Whole):
 
 class Dynamic(Whole):
     """The model compiled with the minikv backend, on its own `DynamicCache`."""
+
+    warm_up = TRIALS + 2
+    """Until it has been captured, and replayed once."""
 
     def __init__(self, model: Any, config: MiniKVConfig, batch: int, inner: str):
         forward = type(model).forward.__get__(model)

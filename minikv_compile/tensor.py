@@ -371,7 +371,22 @@ def wrap_prompt(
         for (tensors, role, length, _), state, seq in zip(parts, states, seqs or [SEQ] * len(parts), strict=True)
     ]
     report_not_finite(wrapped, [layer for *_, layer in parts], states, prompt=True)
+    _compile_flush(wrapped)
     return wrapped
+
+
+_flushes: set[tuple] = set()
+"""Kinds of tensors of which a flush was launched."""
+
+
+def _compile_flush(tensors: list[KVTensor]) -> None:
+    """Flush no block, where none of the kind has been: Triton compiles for seconds then, which a prompt may take, but no step."""
+    first = tensors[0]
+    if not first.dense.is_cuda or first.config.bits == 16 or first._kind() in _flushes:
+        return
+    _flushes.add(first._kind())
+    with compat.outside_inference_mode():
+        _flush([kv for kv in tensors if kv._kind() == first._kind()], first.length, 0, first.config.room, 0)
 
 
 def _resized(x: Tensor, size: int) -> Tensor:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import triton
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import DynamicCache
@@ -406,3 +407,18 @@ def test_on_a_gpu(monkeypatch):
     want, expected = tokens(model, "default", ids, 300, inner="inductor")
     assert torch.equal(got, want)
     torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_no_step_waits_for_triton(monkeypatch):
+    """What a flush needs is compiled with the prompt."""
+    model, new = tiny(head_dim=64).to("cuda", torch.bfloat16), []
+    model.compile(backend=make_backend("default"))
+    cache = read(model, prompt(300, 2).cuda())
+    steps(model, cache, prompt(2, 2).cuda())
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **kwargs: new.append(kwargs["repr"]))
+    before = cache.layers[0].keys.state.clone()
+    steps(model, cache, prompt(200, 2).cuda())
+    assert not torch.equal(cache.layers[0].keys.state, before)  # there was a flush
+    assert not new

@@ -104,6 +104,15 @@ def test_any_rows(device, held, n, length, space, roles):
     alike(values, expected[1], "value", length)
 
 
+def test_no_blocks_are_no_change(device):
+    config = MiniKVConfig()
+    keys, values = layers_of(config, [[least_pinned(config) + config.room, 20]] * 2, 64, torch.float32, device, 1000)
+    expected = copies(keys, values)
+    run(flush.flush_triton, config, keys, values, length=1000, space=config.window)
+    for got, there in zip((*keys, *values), (*expected[0], *expected[1]), strict=True):
+        assert all(map(torch.equal, got, there))
+
+
 def test_three_launches_however_many_layers(device, monkeypatch):
     config, launched = MiniKVConfig(), []
     for name in ("_plan_kernel", "_flush_kernel"):
