@@ -96,7 +96,8 @@ class Figures:
     """Tokens of the longest prompt that the same cache had room for."""
     rows_read: int
     roofline: float
-    """Bytes of the weights and the cache over the bandwidth of a copy, of the time per token. 0: not measured."""
+    """Bytes of the weights and the cache, or the prompt's share of it, over the bandwidth of a copy, of the time per token. 0: not
+    measured."""
     preparation: float
     """Compilation, warm-up and capture, in seconds; 0 where a method had been prepared for a shorter prompt."""
 
@@ -269,7 +270,8 @@ def run(method: str, model: Any, case: Case, settings: Settings) -> Iterator[Fig
         times = sorted(timer(step, settings.steps))
         decode_peak, host = timer.peak(), timer.host(step, 8)
         per_token = statistics.median(times)
-        floor = (decoded_weights(model) + decoder.bytes()) / settings.bandwidth if settings.bandwidth else 0.0
+        least = decoded_weights(model) + decoder.bytes() * length / lengths[-1]
+        floor = least / settings.bandwidth if settings.bandwidth else 0.0
         yield Figures(
             method=method, batch=batch, prompt=length, first_token=min(first), per_token=per_token,
             per_token_p99=times[math.ceil(0.99 * len(times)) - 1], decode_rate=1e3 * batch / per_token,

@@ -19,7 +19,8 @@ def test_readme_is_up_to_date():
 def test_what_failed_and_what_fitted_is_shown(tmp_path):
     about = {"shape": "s", "layers": 2, "device": "d", "versions": {"torch": "t"}, "date": "now", "command": "c"}
     case = {"batch": 1, "prompt": 1024}
-    dense = {**case, "method": "dense", "per_token": 3.0, "first_token": 2.0, "decode_peak": 0, "cache_bytes": 8}
+    dense = {**case, "method": "dense", "per_token": 3.0, "first_token": 2.0, "decode_peak": 0, "cache_bytes": 8,
+             "roofline": 0.5, "host": None, "capacity": 1024}  # fmt: skip
     rows = [dense, {**dense, "method": "ours", "per_token": 2.0, "cache_bytes": 2}, {**case, "method": "x", "failed": "no"}]
     (tmp_path / "end_to_end.json").write_text(json.dumps({**about, "results": rows}))
     fitted = {"method": "ours", "what": "batch", "prompt": 1024, "planned": 7, "fits": 6, "too_many": 7, "planned_bytes": 100,
@@ -32,6 +33,6 @@ def test_what_failed_and_what_fitted_is_shown(tmp_path):
     ]
     (tmp_path / "cpu.json").write_text(json.dumps({**about, "threads": 1, "vectors": "AVX", "head_dim": 128, "results": steps}))
     text = readme.section(tmp_path)
-    assert "| 1×1K | `ours` | 2.00 | 1.50 | 1.00 |  | 25.0% |" in text and "| 1×1K | `x` | no |" in text
+    assert "| 1×1K | `ours` | 2.00 | 0.50 |  | 1.50 | 1.00 |  | 25.0% |" in text and "| 1×1K | `x` | no |" in text
     assert "| rows of 1K | `ours` | 7 | 6 | 7 | 98.0% |" in text and "| 7 | 6 | | 98.0% |" in text
     assert "over 1K tokens" in text and "| 8 / 2 | float32 | `ours` | 1.00 | 0.50 | 12.5% |" in text
