@@ -1,4 +1,4 @@
-"""Decode steps that `kernels.py` checks and times, and their inputs."""
+"""Decode steps that `kernel_times.py` checks and times, and their inputs."""
 
 from __future__ import annotations
 

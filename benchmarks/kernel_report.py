@@ -1,4 +1,4 @@
-"""The table and the plot of `kernels.py`."""
+"""The table and the plot of `kernel_times.py`."""
 
 from __future__ import annotations
 

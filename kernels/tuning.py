@@ -147,4 +147,4 @@ ATTEND_VARIANTS: dict[str, dict[str, object]] = {
     "merge1": dict(merge=((None, 1, 128, 128),)),
     "merge16": dict(merge=((None, 16, 128, 8),)),
 }
-"""What `benchmarks/kernels.py --tune` measures beside the table's choice: changes to `attend_tuning`."""
+"""What `benchmarks/kernel_times.py --tune` measures beside the table's choice: changes to `attend_tuning`."""

@@ -1,4 +1,4 @@
-"""`benchmarks/kernels.py` runs, on the CPU, in small."""
+"""`benchmarks/kernel_times.py` runs, on the CPU, in small."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it runs in Triton's interpreter, for machines without a GPU")
 def test_dry_run(tmp_path):
     written, drawn = tmp_path / "kernels.json", tmp_path / "kernels.png"
-    command = [sys.executable, "benchmarks/kernels.py", "--dry", "--json", str(written), "--plot", str(drawn)]
+    command = [sys.executable, "benchmarks/kernel_times.py", "--dry", "--json", str(written), "--plot", str(drawn)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     result = json.loads(written.read_text())

@@ -1,6 +1,6 @@
 """Every kernel against float64, against its bandwidth floor, and beside the best 16-bit attention.
 
-    python benchmarks/kernels.py --json benchmarks/results/kernels.json --plot benchmarks/results/kernels.png
+    python benchmarks/kernel_times.py --json benchmarks/results/kernels.json --plot benchmarks/results/kernels.png
 
 One command, less than 5 minutes on one GPU. `--only decode,prefill` runs single sections (`check`, `decode`, `formats`,
 `flex`, `prefill`, `compress`, `flush`, `tune`); `--dry` runs a tiny version of everything on the CPU, in Triton's
