@@ -9,7 +9,8 @@ python benchmarks/end_to_end.py bench --cases 1x64k --methods dense,minikv,defau
     --json benchmarks/results/prompts.json
 python benchmarks/end_to_end.py bench --cases 1x1k+2k+4k+8k --methods dense,default,minikv --steps 32 \
     --json benchmarks/results/short.json
-python benchmarks/end_to_end.py bench --cases 1x8k --methods dense,default@dynamic --steps 32 --json benchmarks/results/dynamic.json
+python benchmarks/end_to_end.py bench --cases 1x8k --methods dense,default@dynamic,transformers,static --steps 32 \
+    --json benchmarks/results/dynamic.json
 python benchmarks/end_to_end.py bench --cases 1x32k --methods dense,default,minikv,quanto,kvpress-pyramidkv:ratio=0.85,\
 kvpress-snapkv:ratio=0.85 --steps 16 --rows 1 --json benchmarks/results/peers.json
 python benchmarks/end_to_end.py long --tokens 20000 --batch 4 --prompt 4k --every 2000 --methods default,default@dynamic \

@@ -12,7 +12,10 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- by benchmarks/readme.py: -->\n", "<!-- end -->\n"
-FILES = "tuned.json", "end_to_end.json", "prompts.json", "short.json", "dynamic.json", "peers.json", "kvpress.json"
+FILES = (
+    *("tuned.json", "untuned_128k.json", "end_to_end.json", "prompts.json", "short.json", "dynamic.json"),
+    *("peers.json", "peers_8k.json", "kvpress.json"),
+)
 DENSE = "dense"
 
 
@@ -30,7 +33,7 @@ def table(file: str, found: dict[str, Any]) -> str:
     lines = [
         f"{found['shape']}, {found['layers']} layers, {found['device']}, torch {found['versions']['torch']}, "
         f"{found['date']} (`benchmarks/results/{file}`;\n`{found['command']}`):",
-        "",
+        *note(found), "",
         "| case | method | ms per token | of its roofline | host, ms | times faster | first token, times dense | memory in decode, "
         "of dense | cache, of dense |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -43,14 +46,15 @@ def table(file: str, found: dict[str, Any]) -> str:
             continue
         same = (r for r in rows if r["method"] == DENSE and "failed" not in r)
         dense = next((r for r in same if (r["batch"], r["prompt"]) == (row["batch"], row["prompt"])), None)
-        # Older files count all of a cache with room for longer prompts.
+        # Of a cache with room for longer prompts it is an estimate, and older files count all of its bytes.
         roofline = row["roofline"] if row["prompt"] == row["capacity"] else None
         cells = [f"{row['per_token']:.2f}", *(f"{x:.2f}" if x else "" for x in (roofline, row["host"]))]
         if dense:
-            cells += [f"{dense['per_token'] / row['per_token']:.2f}", f"{row['first_token'] / dense['first_token']:.2f}"]
+            faster = dense["per_token"] / row["per_token"]
+            cells += [f"{faster:.2f}" if faster > 0.01 else f"{faster:.3f}", f"{row['first_token'] / dense['first_token']:.2f}"]
             cells += [f"{row[name] / dense[name]:.1%}" if dense[name] else "" for name in ("decode_peak", "cache_bytes")]
         lines.append(f"| {case} | `{row['method']}` | {' | '.join(cells + [''] * (7 - len(cells)))} |")
-    return "\n".join(lines + note(found)) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def capacity_table(file: str, found: dict[str, Any]) -> str:

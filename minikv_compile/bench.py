@@ -270,14 +270,15 @@ def run(method: str, model: Any, case: Case, settings: Settings) -> Iterator[Fig
         times = sorted(timer(step, settings.steps))
         decode_peak, host = timer.peak(), timer.host(step, 8)
         per_token = statistics.median(times)
-        least = decoded_weights(model) + decoder.bytes() * length / lengths[-1]
+        capacity = lengths[-1] if decoder.shared else length
+        least = decoded_weights(model) + decoder.bytes() * length / capacity
         floor = least / settings.bandwidth if settings.bandwidth else 0.0
         yield Figures(
             method=method, batch=batch, prompt=length, first_token=min(first), per_token=per_token,
             per_token_p99=times[math.ceil(0.99 * len(times)) - 1], decode_rate=1e3 * batch / per_token,
             total_rate=1e3 * batch * (length + settings.steps) / (statistics.mean(first) * batch + sum(times)),
             steps=settings.steps, host=host, prefill_peak=prefill_peak, decode_peak=decode_peak,
-            cache_bytes=decoder.bytes(), capacity=lengths[-1], rows_read=min(batch, settings.rows or batch),
+            cache_bytes=decoder.bytes(), capacity=capacity, rows_read=min(batch, settings.rows or batch),
             roofline=1e3 * floor / per_token, preparation=preparation,
         )  # fmt: skip
         begun = time.perf_counter()

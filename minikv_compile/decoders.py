@@ -45,6 +45,8 @@ class Decoder:
     """Whether a captured step holds for one length only."""
     captures = True
     """Whether its step can be captured in a CUDA graph."""
+    shared = True
+    """Whether prompts of all lengths are read into one cache, which has room for the longest."""
     warm_up = 1
     """Steps after a prompt before any is timed."""
 
@@ -210,7 +212,7 @@ class Fixed(Decoder):
 class Eager(Decoder):
     """transformers alone: SDPA, `DynamicCache`, no compilation."""
 
-    captures = False
+    captures = shared = False
 
     def __init__(self, model: Any, batch: int):
         super().__init__(model, batch)

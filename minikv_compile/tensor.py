@@ -371,22 +371,28 @@ def wrap_prompt(
         for (tensors, role, length, _), state, seq in zip(parts, states, seqs or [SEQ] * len(parts), strict=True)
     ]
     report_not_finite(wrapped, [layer for *_, layer in parts], states, prompt=True)
-    _compile_flush(wrapped)
+    if wrapped and wrapped[0].dense.is_cuda:
+        compile_flush(wrapped)
     return wrapped
 
 
-_flushes: set[tuple] = set()
-"""Kinds of tensors of which a flush was launched."""
+_compiled: set[tuple] = set()
+"""Of what a flush has been launched."""
 
 
-def _compile_flush(tensors: list[KVTensor]) -> None:
-    """Flush no block, where none of the kind has been: Triton compiles for seconds then, which a prompt may take, but no step."""
-    first = tensors[0]
-    if not first.dense.is_cuda or first.config.bits == 16 or first._kind() in _flushes:
-        return
-    _flushes.add(first._kind())
-    with compat.outside_inference_mode():
-        _flush([kv for kv in tensors if kv._kind() == first._kind()], first.length, 0, first.config.room, 0)
+def compile_flush(tensors: list[KVTensor]) -> None:
+    """Flush no block, where nothing like these tensors has been flushed: Triton compiles for seconds then, for which no step of
+    theirs has to wait."""
+    kinds = defaultdict(list)
+    for kv in tensors:
+        if kv.config.bits < 16:
+            kinds[kv._kind()].append(kv)
+    for (config, dtype, device, shape), alike in kinds.items():
+        like = config, dtype, device, shape[:SEQ], shape[SEQ + 1 :]
+        if like not in _compiled:
+            with compat.outside_inference_mode():
+                _flush(alike, alike[0].length, 0, config.room, 0)
+            _compiled.add(like)
 
 
 def _resized(x: Tensor, size: int) -> Tensor:

@@ -14,7 +14,7 @@ from minikv_compile.measure import parse_method
 from minikv_compile.plan import Planner, held_bytes, most, parse_bytes, parse_tokens
 from minikv_compile.shapes import SHAPES, load_config, random_model
 
-MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "end_to_end.json"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 METHODS = ["default", "minikv", "lossless", "default:bits=4:skip_layers=[0]:min_prompt=200", "default:important=0"]
 PROMPT, ROOM = 700, 30
 
@@ -101,9 +101,10 @@ def test_most_memory():
     assert compat.most_memory(lambda: held.view(10, 100), (), [held]) == 0
 
 
-def test_as_measured():
-    """Within 5%: the most memory of the prefills of the committed benchmark, with the caches that it had."""
-    found = json.loads(MEASURED.read_text())
+@pytest.mark.parametrize("file", ["end_to_end.json", "tuned.json"])
+def test_as_measured(file):
+    """Within 5%: the most memory of the prefills of a committed benchmark, with the caches that it had."""
+    found = json.loads((RESULTS / file).read_text())
     reading = {}
     for row in found["results"]:
         method, batch, prompt = {"dense": "full"}.get(row["method"], row["method"]), row["batch"], row["prompt"]

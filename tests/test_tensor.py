@@ -544,3 +544,18 @@ def test_a_flush_that_runs_out_of_memory_can_be_tried_again(monkeypatch, failing
     for kv, other in zip(pair, others, strict=True):
         assert torch.equal(kv.dequantize(), other.dequantize()) and torch.equal(kv.state, other.state)
         assert kv.occupancy.offsets == kv.state[:, 0].tolist()
+
+
+def test_a_flush_that_only_compiles(monkeypatch):
+    """It changes nothing, and runs once for what is compiled once."""
+    flushes, flush = [], tensor.ops.flush
+    monkeypatch.setattr(tensor.ops, "flush", lambda *args, **kwargs: (flushes.append(args), flush(*args, **kwargs)))
+    monkeypatch.setattr(tensor, "_compiled", set())
+    short, long, lossless, rows = make()[0], make(length=700)[0], make("lossless")[0], make(batch=2)[0]
+    before = [kv.dequantize() for kv in (short, long, lossless, rows)]
+    states = [kv.state.clone() for kv in (short, long, lossless, rows)]
+    for _ in range(2):
+        tensor.compile_flush([short, long, lossless, rows])
+    assert len(flushes) == 2  # of one row, of two
+    for kv, held, state in zip((short, long, lossless, rows), before, states, strict=True):
+        assert torch.equal(kv.dequantize(), held) and torch.equal(kv.state, state)
