@@ -22,6 +22,7 @@ def run(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     out = tmp_path / "bench.json"
     result = run("--cases", "2x300,1x1k", "--methods", ALL, "--steps", 3, "--layers", 1, "--json", out)

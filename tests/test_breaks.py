@@ -44,6 +44,7 @@ if Version(torch.__version__) >= Version("2.12"):  # before, a part behind the b
     SKIPPED.append(("inside", -3, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how, skip, skipped", SKIPPED)
 def test_skipped_layers(how, skip, skipped):
     model, backend = broken(3, how), make_backend(skip_layers=(skip,))

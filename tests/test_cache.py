@@ -740,6 +740,7 @@ def test_nan_in_a_prompts_window_is_counted_once(recwarn):
 DROPS = {"share": {}, "tokens": {"heavy": 100, "recent": 60}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", DROPS)
 def test_room_for_what_is_kept(budget):
     """The same to the bit as with room for all, in fewer bytes, for prompts of any length up to the longest."""

@@ -21,6 +21,7 @@ def test_help_lists_the_commands():
     assert "generate" in run("--help") and "explain" in run("--help")
 
 
+@pytest.mark.slow
 def test_generate_writes_figures_and_a_picture(tmp_path):
     text = tmp_path / "prompt.txt"
     text.write_text("import os\n" * 600)

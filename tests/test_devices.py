@@ -13,6 +13,7 @@ from .helpers import compiled, greedy, logits_of, make_backend, prompt, tiny
 accelerate = pytest.importorskip("accelerate")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", ["cpu", "disk"])
 def test_device_map(second, tmp_path):
     """The second layer's weights are on another device, and come when they are needed."""
@@ -36,6 +37,7 @@ def parted(model, places, **options):
     return accelerate.dispatch_model(model, places, force_hooks=True, **options)
 
 
+@pytest.mark.slow
 def test_budgets_of_layers_in_graphs_of_their_own():
     """Graphs without a weight, which accelerate's hooks leave of an attention module, know its layer."""
     model, ids = tiny(layers=4, head_dim=64), prompt(400)

@@ -220,6 +220,7 @@ def decode_in_both(preset):
     close(*results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_through_the_backend(preset, monkeypatch):
     """On the CPU the pass would take the op's plain PyTorch."""
@@ -235,6 +236,7 @@ def test_through_the_backend(preset, monkeypatch):
     assert called == ["prepare", "split", "merge"] * 2
 
 
+@pytest.mark.slow
 def test_through_the_backend_without_templates(monkeypatch):
     monkeypatch.setattr(lowering, "DEVICES", set())
     monkeypatch.setattr(lowering, "_call", None)

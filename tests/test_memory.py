@@ -58,6 +58,7 @@ def measure(preset, layers, length, kind):
     return largest, peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["causal", "masked", "padded"])
 @pytest.mark.parametrize("preset", ["default", "minikv", "mikv"])
 def test_prefill_is_linear_and_holds_one_dense_layer(preset, kind):

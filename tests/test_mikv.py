@@ -164,6 +164,7 @@ def test_each_token_is_in_one_place(lengths, sinks, window, important, bits, dro
             assert (kt.important[b] < 2**31 - 1).sum(-1).tolist() == [max(pinned - sinks, in_important)] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_padded_rows_are_what_they_are_alone(preset):
     model = tiny(head_dim=32)
@@ -178,6 +179,7 @@ def test_padded_rows_are_what_they_are_alone(preset):
         torch.testing.assert_close(logits_of(together)[row], logits_of(alone)[0], rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_fixed_cache_is_the_dynamic_one(preset):
     """Also as it was, after another prompt."""
@@ -250,6 +252,7 @@ def last_logits(model, ids, **changes):
     return logits
 
 
+@pytest.mark.slow
 def test_the_balancer_recovers_what_outliers_cost():
     """KL from the full cache on the shipped decoder: with planted outliers 2 bits are far off, but not if balanced."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -270,6 +273,7 @@ def test_the_balancer_recovers_what_outliers_cost():
 # ---- the presets on models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("task", ["single", "multikey", "tracking"])
 def test_the_shipped_decoder_finds_what_the_full_cache_finds(preset, task):

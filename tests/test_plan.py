@@ -101,6 +101,7 @@ def test_most_memory():
     assert compat.most_memory(lambda: held.view(10, 100), (), [held]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["end_to_end.json", "tuned.json"])
 def test_as_measured(file):
     """Within 5%: the most memory of the prefills of a committed benchmark, with the caches that it had."""

@@ -73,6 +73,7 @@ def test_each_kv_head_and_each_row_chooses_for_itself():
 EVICTING = [name for name, policy in POLICIES.items() if policy]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 @pytest.mark.parametrize("padding", [0, 100])
 @pytest.mark.parametrize("name", EVICTING)
@@ -302,6 +303,7 @@ def held_places(kept, order, important):
     return torch.searchsorted(ranks, important.long() + 1)
 
 
+@pytest.mark.slow
 def test_the_example_of_a_policy_runs(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     try:

@@ -37,6 +37,7 @@ def divergence(**changes):
     return (expected.exp() * (expected - got)).sum(-1).mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("without", PARTS, ids=str)
 def test_each_part_pays(without):
     assert divergence() < divergence(**without)

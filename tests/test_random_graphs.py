@@ -3,6 +3,7 @@
 import math
 from unittest import mock
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -53,6 +54,7 @@ def attention(spelling, mask, scale):
     return attend
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     spelling=st.sampled_from(SPELLINGS), mask=st.sampled_from(MASKS), scale=st.sampled_from([None, 0.3]), dim=DIMS,

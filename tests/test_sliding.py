@@ -30,6 +30,7 @@ def check_layers(cache, length):
     return compressed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [3, WINDOW - 1, WINDOW, WINDOW + 1, 40])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_equal_eagers_around_the_window(family, length):
@@ -58,6 +59,7 @@ def test_models_of_which_nothing_is_taken(family):
     assert not any(isinstance(layer.keys, KVTensor) for layer in actual.past_key_values.layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first, second", [(3, 3), (3, 20), (20, 1), (20, 5), (20, 20)])
 def test_two_turns(first, second):
     """The second prompt meets a sliding cache that is full, or not yet."""

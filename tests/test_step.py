@@ -111,6 +111,7 @@ def read(model, ids):
     return cache
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_positions_from_the_length(inner, monkeypatch):

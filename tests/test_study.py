@@ -90,6 +90,7 @@ def test_others_beside_the_best_of_ours_by_hand():
 SETTINGS = Settings(prompts=2, batch=2, seed=0, inner="eager", steps=2)
 
 
+@pytest.mark.slow
 def test_scores_are_measured_and_written(model, tmp_path):  # noqa: F811
     methods = ("full", "default:group=32", "default:group=64", "nothing:group=64", "kvpress-knorm:none=1")
     study = Study("Which group?", methods, x="group", tasks=("single", "text"), lengths=(600,))

@@ -56,6 +56,7 @@ def test_default_finds_what_the_full_cache_finds(decoder, tokenizer, task):
     assert sum(right) >= len(samples) - (task == "tracking"), answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_every_preset_runs(decoder, tokenizer, preset):
     """On the shipped decoder and on a random Qwen3: the budget is kept, and nothing is left alone."""
@@ -70,6 +71,7 @@ def test_every_preset_runs(decoder, tokenizer, preset):
         assert sum(kept) == len(kept) * (min(heavy + recent + config.sinks, 700) if config.drops else 700)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["full", "minikv"])
 def test_fed_answers_are_right_where_greedy_ones_are(decoder, tokenizer, method):
@@ -84,6 +86,7 @@ def test_fed_answers_are_right_where_greedy_ones_are(decoder, tokenizer, method)
     assert fed == greedy_ones and (method == "minikv" or set(fed) == {1.0})
 
 
+@pytest.mark.slow
 def test_the_training_script_runs(tmp_path):
     """Seconds of training: what it needs of the package is there."""
     command = [

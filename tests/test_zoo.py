@@ -103,6 +103,7 @@ def test_lossless_is_eager(name):
     assert WRITE or rows[name].rsplit("|", 2)[0] in [line.rsplit("|", 2)[0] for line in TABLE.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @families
 def test_default_is_finite_and_counted(name):
     if not FAMILIES[name].taken + FAMILIES[name].left:

@@ -11,6 +11,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it runs in Triton's interpreter, for machines without a GPU")
 def test_dry_run(tmp_path):
     written, drawn = tmp_path / "kernels.json", tmp_path / "kernels.png"

@@ -60,6 +60,7 @@ class Watch:
         self.touched += inside.size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sanitize.LAUNCHES)
 def test_touches_its_arguments_only(monkeypatch, name):
     monkeypatch.setattr(sanitize, "DEVICE", "cpu")
