@@ -1,8 +1,8 @@
 """Speed and memory of a whole decoder, as README reports them: `minikv bench`, `minikv long` and `minikv capacity`, the
 most important first. Each cell is printed as it is measured, and the files are written after each.
 
-python benchmarks/end_to_end.py bench --cases 1x128k --methods minikv,default,dense --rows 1 --steps 48 --tuned \
-    --json benchmarks/results/tuned.json
+python benchmarks/end_to_end.py bench --cases 1x128k --methods dense,default,minikv --rows 1 --steps 48 \
+    --json benchmarks/results/one_row.json
 python benchmarks/end_to_end.py bench --cases 16x32k --methods dense,default,minikv --rows 1 --steps 48 \
     --json benchmarks/results/end_to_end.json
 python benchmarks/end_to_end.py bench --cases 1x64k --methods dense,minikv,default --inner eager --steps 4 --rows 1 \

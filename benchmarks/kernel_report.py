@@ -33,7 +33,7 @@ def plot(rows: list[dict], path: str, window: int) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    decode = [row for row in rows if "faster" in row]
+    decode = [row for row in rows if "faster" in row and row["section"] != "linear"]
     prefill = [row for row in rows if "window_ratio" in row]
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 0.4 * max(len(decode), 6) + 1.5), width_ratios=(3, 2))
     names = [row["what"] for row in decode][::-1]

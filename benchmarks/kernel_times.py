@@ -3,7 +3,7 @@
     python benchmarks/kernel_times.py --json benchmarks/results/kernels.json --plot benchmarks/results/kernels.png
 
 One command, less than 5 minutes on one GPU. `--only decode,prefill` runs single sections (`check`, `decode`, `formats`,
-`flex`, `prefill`, `compress`, `flush`, `tune`); `--dry` runs a tiny version of everything on the CPU, in Triton's
+`flex`, `prefill`, `compress`, `flush`, `linear`, `tune`); `--dry` runs a tiny version of everything on the CPU, in Triton's
 interpreter. All ratios are taken within one run. Times are medians of CUDA graph replays that rotate among several sets
 of inputs, larger than the L2 cache together. The *floor* of a row is the time in which the device copies as many bytes
 as the kernel has to read and write at least.
@@ -41,12 +41,13 @@ from provenance import provenance
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minikv_compile.kernels.attend import attend_triton
+from minikv_compile.kernels.linear import linear_triton, parts_of
 from minikv_compile.kernels.packing import BLOCK
 from minikv_compile.kernels.prefill import causal_attention_lse
 from minikv_compile.kernels.scores import column_scores_triton
 from minikv_compile.kernels.tuning import ATTEND_VARIANTS
 
-SECTIONS = ("check", "decode", "formats", "prefill", "compress", "flush", "flex", "tune")
+SECTIONS = ("check", "decode", "formats", "prefill", "compress", "flush", "linear", "flex", "tune")
 DEFAULT_SECTIONS = SECTIONS[:-1]
 ROTATED_BYTES = 256 * 2**20
 """Sets of inputs together, at least: four times the L2 cache of an H200."""
@@ -396,6 +397,31 @@ def flush_row(bench: Benchmark, batch: int, layers: int) -> None:
     )  # fmt: skip
 
 
+LINEAR = {
+    "q, k, v": ((4096, 1024, 1024), 4096), "o": ((4096,), 4096), "gate, up": ((14336, 14336), 4096), "down": ((4096,), 14336),
+}
+"""Outputs and inputs of layers of Llama-3.1-8B that read one input."""
+
+
+def linear_row(bench: Benchmark, name: str, sizes: tuple[int, ...], inputs: int, rows: int) -> None:
+    """Products of `rows` rows with all of these weights, beside cuBLAS' one by one. (What sums the parts is not in it.)"""
+    if bench.dry:
+        sizes, inputs = tuple(size // 16 for size in sizes), inputs // 8
+    splits, floor = parts_of(sum(sizes), inputs), 2 * sum(sizes) * inputs
+    make = functools.partial(torch.randn, device=bench.device, dtype=torch.bfloat16)
+    sets = [[make(size, inputs) for size in sizes] for _ in range(bench.sets(floor))]
+    x = make(rows, inputs)
+    exact = torch.cat([x.double() @ weight.double().mT for weight in sets[0]], -1)
+    error = ((linear_triton(x, sets[0], splits).sum(0) - exact).norm() / exact.norm()).item()
+    bench.checks.append(dict(what=f"linear {name}, {rows} rows", error=error, ok=error < 1e-5))
+    time_us = bench.timer([functools.partial(linear_triton, x, weights, splits) for weights in sets])
+    library = bench.timer([lambda weights=weights: [F.linear(x, weight) for weight in weights] for weights in sets])
+    bench.row(
+        "linear", f"{name}, {rows} row{'s' * (rows > 1)}", time_us=time_us, share=floor / bench.bandwidth / time_us,
+        faster=library / time_us, best="cuBLAS", best_us=library, best_share=floor / bench.bandwidth / library, parts=splits,
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -495,6 +521,10 @@ def run_sections(bench: Benchmark, sections: list[str], workers: int) -> None:
     if "flush" in sections:
         for batch, layers in ((1, 32), (16, 32)) if not bench.dry else ((1, 2),):
             bench.guarded(f"flush B{batch}", functools.partial(flush_row, bench, batch, layers))
+    if "linear" in sections:
+        for name, (sizes, inputs) in LINEAR.items():
+            for rows in (1, 16):
+                bench.guarded(f"linear {name}", functools.partial(linear_row, bench, name, sizes, inputs, rows))
     if "flex" in sections and not bench.dry:
         for case in (DECODE[5], DECODE[4], DECODE[0]):
             bench.guarded(f"flex {case.label}", functools.partial(flex_row, bench, case))

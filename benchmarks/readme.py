@@ -13,8 +13,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- by benchmarks/readme.py: -->\n", "<!-- end -->\n"
 FILES = (
-    *("tuned.json", "untuned_128k.json", "end_to_end.json", "prompts.json", "short.json", "dynamic.json"),
-    *("peers.json", "peers_8k.json", "kvpress.json"),
+    *("one_row.json", "end_to_end.json", "prompts.json", "prompts_default.json", "short.json", "dynamic.json"),
+    *("peers.json", "peers_8k.json", "peers_small_8k.json", "kvpress.json"),
 )
 DENSE = "dense"
 

@@ -87,6 +87,11 @@ def is_wrapper(x: Any) -> bool:
     return is_traceable_wrapper_subclass(x)
 
 
+def known(size: Any) -> int | None:
+    """`size` where it is the same for all inputs that a graph takes, also one that Dynamo has learnt to be since."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
 def hint(size: Any) -> int:
     """What a size was when the graph was captured."""
     return size.node.hint if isinstance(size, torch.SymInt) else size
@@ -442,6 +447,12 @@ def realized(x: Any, unit_last: bool = True) -> Any:
     if isinstance(x.get_layout(), ir.FlexibleLayout):
         x.freeze_layout()
     return x
+
+
+def contiguous(x: Any) -> Any:
+    """`x` in memory, contiguous."""
+    ir = inductor().ir
+    return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
 
 
 def in_memory(x: Any) -> Any:

@@ -1,5 +1,5 @@
 """Inductor's lowering of `minikv::decode_attention`: its three kernels as Triton templates, in place of the opaque op. (And of
-`minikv::once`.)
+`minikv::linear_parts` and `minikv::once`.)
 
 The templates (`kernels/templates/`) call the device functions that the op launches, with the constants that it launches
 them with (`attend.launches`): there is one arithmetic. What they add is what Inductor can do with a kernel that it
@@ -10,6 +10,7 @@ fuse what follows into the last one. Where they do not apply, the op runs.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from . import compat
 from .config import MiniKVConfig
-from .kernels import attend, attention, jit, merge, packing, prepare, state, tier
+from .kernels import attend, attention, jit, linear, merge, packing, prepare, state, tier
 from .kernels.attend import BLOCK, MERGE_WARPS, Launches
 from .kernels.tuning import template_tunings
 from .rotation import rotation_matrix
@@ -38,7 +39,7 @@ _SOURCES = Path(attention.__file__).parent / "templates"
 @cache
 def fingerprint() -> str:
     """Of all text that a generated kernel is made of: Inductor's caches know neither templates nor what they import."""
-    modules = attend, attention, jit, merge, packing, prepare, state, tier
+    modules = attend, attention, jit, linear, merge, packing, prepare, state, tier
     files = [*sorted(_SOURCES.glob("*.jinja")), *(Path(module.__file__) for module in modules), Path(__file__)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
@@ -74,6 +75,7 @@ def register() -> None:
 
     compat.inductor().register_lowering(op, type_promotion_kind=None)(lower)
     compat.inductor().register_lowering(torch.ops.minikv.once.default, type_promotion_kind=None)(compat.in_memory)
+    compat.inductor().register_lowering(torch.ops.minikv.linear_parts.default, type_promotion_kind=None)(_linear_parts)
 
 
 def _applies(q: Any, k: Any, k_dense: Any, v_dense: Any, whole: Sequence[Any], scale: Any, padding: Any) -> bool:
@@ -145,6 +147,19 @@ def _decode(
         [dict(common, **to.line, **to.merge, SLOTS=slots, PROGRAMS=to.programs, GRID=to.merge_grid,
               num_warps=MERGE_WARPS, num_stages=1)],
         pdl=to.pdl,
+    )  # fmt: skip
+    return out
+
+
+def _linear_parts(x: Any, weights: list[Any]) -> Any:
+    """One launch."""
+    *rows, inputs = map(int, x.get_size())
+    outputs = [int(weight.get_size()[0]) for weight in weights]
+    launch = linear.Launch.of(math.prod(rows), inputs, outputs, linear.parts_of(sum(outputs), inputs))
+    layout = compat.inductor().FixedLayout(x.get_device(), torch.float32, [launch.shape[0], *rows, launch.shape[2]])
+    out, _ = _call(
+        "linear", [compat.contiguous(x), *linear.three([compat.realized(weight) for weight in weights])], layout, [],
+        [dict(launch.constants, GRID=launch.grid, num_warps=linear.WARPS, num_stages=1)],
     )  # fmt: skip
     return out
 

@@ -15,7 +15,7 @@ from . import compat
 from .balancer import balancer_of
 from .config import MiniKVConfig
 from .feedback import WIDEST, feedback_factors
-from .kernels import attend, compress, packing, prefill, scores
+from .kernels import attend, compress, linear, packing, prefill, scores
 from .kernels import flush as flush_kernels
 from .kernels.important import NO_TOKEN, stored_order
 from .kernels.packing import BLOCK, metadata_dtype, words
@@ -450,6 +450,29 @@ def once(x: Tensor) -> Tensor:
 @once.register_fake
 def _(x):
     return torch.empty_like(x)
+
+
+@custom_op("minikv::linear_parts", mutates_args=())
+@on_its_own
+def linear_parts(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """What each part of the inputs adds to the outputs of linear layers that read one input.
+
+    Args:
+        x: [..., in], at most `linear.MOST_ROWS` rows. weights: as of `linear.linear_triton`.
+
+    Returns:
+        fp32 [parts, ..., sum of out], to be summed.
+    """
+    parts = linear.parts_of(sum(weight.shape[0] for weight in weights), x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])
+    run = linear.linear_triton if x.is_cuda or linear.INTERPRET else linear.linear_reference
+    return run(rows, weights, parts).unflatten(1, x.shape[:-1])
+
+
+@linear_parts.register_fake
+def _(x, weights):
+    outputs = sum(weight.shape[0] for weight in weights)
+    return x.new_empty((linear.parts_of(outputs, x.shape[-1]), *x.shape[:-1], outputs), dtype=torch.float32)
 
 
 @custom_op("minikv::dequantize", mutates_args=())

@@ -22,6 +22,7 @@ from ..tensor import SEQ, KVTensor
 from . import fixed, functional, static
 from .graph import callee, erase_dead, example, is_call, is_getitem, same, shape, size_getter
 from .layers import Layers, number
+from .linears import merge_linears
 from .masks import Predicate, is_written, read_mask, reduces_to_padding
 from .once import compute_once
 from .sight import check_now
@@ -161,6 +162,7 @@ class Rewriter:
         self._densify_rest()
         if self.fused and changes:
             compute_once(self.graph)
+            merge_linears(self)
         output = self.graph.output_node()
         output.args = (tuple(self._flat_outputs()),)
         self.graph.lint()

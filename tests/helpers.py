@@ -22,12 +22,12 @@ ARCHITECTURES = {
 }
 
 
-def tiny(architecture="llama", layers=2, heads=4, kv_heads=2, head_dim=16, dtype=torch.float32, **changes):
+def tiny(architecture="llama", layers=2, heads=4, kv_heads=2, head_dim=16, dtype=torch.float32, mlp=64, **changes):
     """A decoder whose `generate` never stops early. Its weights are larger than usual: logits depend on every token."""
     config, model, fixed = ARCHITECTURES[architecture]
     model = model(
         config(
-            vocab_size=VOCAB, hidden_size=heads * head_dim, intermediate_size=64, num_hidden_layers=layers,
+            vocab_size=VOCAB, hidden_size=heads * head_dim, intermediate_size=mlp, num_hidden_layers=layers,
             num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=16384,
             pad_token_id=PAD, bos_token_id=None, eos_token_id=None, initializer_range=0.2, **{**fixed, **changes},
         )

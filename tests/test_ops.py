@@ -60,6 +60,16 @@ def test_opcheck_once():
     opcheck(minikv.once, torch.randn(1, 1, 32))
 
 
+@pytest.mark.parametrize("rows", [(3,), (2, 1)])
+def test_opcheck_linear_parts(rows):
+    x = torch.randn(*rows, 256).bfloat16()
+    weights = [torch.randn(n, 256).bfloat16() for n in (128, 64)]
+    opcheck(minikv.linear_parts, x, weights)
+    got = minikv.linear_parts(x, weights)
+    assert got.shape == (2, *rows, 192)
+    torch.testing.assert_close(got.sum(0), F.linear(x.float(), torch.cat(weights).float()), atol=1e-4, rtol=1e-4)
+
+
 def test_opcheck_align_rows():
     opcheck(minikv.align_rows, left_padding([7, 3], 7))
 

@@ -396,7 +396,7 @@ def test_on_a_gpu(monkeypatch):
     """With real CUDA graphs: the same tokens as without, through flushes and growth; a dropped cache gives its memory back."""
     model, ids = tiny(head_dim=64).to("cuda", torch.bfloat16), prompt(300, 2).cuda()
     got, logits = tokens(model, "default", ids, 300, inner="inductor")
-    graphs = [x for x in gc.get_objects() if isinstance(x, stepgraph.StepGraph)]
+    graphs = [x for x in gc.get_objects() if type(x) is stepgraph.StepGraph]  # not isinstance: weak proxies may be dead
     assert any(x._outputs is not None for x in graphs) and not any(x._fails for x in graphs)
     cache = read(model, ids)
     steps(model, cache, prompt(10, 2).cuda())

@@ -19,7 +19,8 @@ def test_dry_run(tmp_path):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     result = json.loads(written.read_text())
-    assert {row["section"] for row in result["rows"]} >= {"bandwidth", "decode", "formats", "prefill", "compress", "flush"}
+    sections = {"bandwidth", "decode", "formats", "prefill", "compress", "flush", "linear"}
+    assert {row["section"] for row in result["rows"]} >= sections
     assert result["checks"] and all(row["ok"] for row in result["checks"]) and not result["skipped"]
     assert drawn.stat().st_size > 0
 

@@ -1,0 +1,79 @@
+"""Linear layers of a decode step that read one input are one product (`kernels.linear`): the step takes as long as its weights
+take to load, and small weights load faster together."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .. import compat, lowering
+from ..kernels.linear import MOST_ROWS, MOST_WEIGHTS, STEP, TILE
+from .graph import argument, example, is_call
+from .masks import is_written
+
+if TYPE_CHECKING:
+    from .rewrite import Rewriter
+
+DTYPES = (torch.float16, torch.bfloat16)
+MOST_OUTPUTS = 1 << 16
+"""Of a product. cuBLAS is as fast with more, which are the logits'."""
+
+
+def merge_linears(rewriter: Rewriter) -> None:
+    """Put `minikv::linear_parts` in the place of the linear layers that it takes, up to MOST_WEIGHTS that read one input in one
+    call. Their outputs are computed from it as from any sum, for Inductor to fuse."""
+    groups: dict[Node, list[Node]] = {}
+    for node in rewriter.graph.nodes:
+        if is_call(node, "linear") and _fits(node):
+            groups.setdefault(node.args[0], []).append(node)
+    for x, nodes in groups.items():
+        for first in range(0, len(nodes), MOST_WEIGHTS):
+            _merge(rewriter, x, nodes[first : first + MOST_WEIGHTS])
+
+
+def _merge(rewriter: Rewriter, x: Node, nodes: list[Node]) -> None:
+    weights = [argument(node, 1, "weight") for node in nodes]
+    with rewriter.graph.inserting_before(nodes[0]):
+        parts = rewriter.graph.call_function(torch.ops.minikv.linear_parts.default, (x, weights))
+    begin = 0
+    for node, weight in zip(nodes, weights, strict=True):
+        end = begin + compat.known(example(weight).shape[0])
+        with rewriter.graph.inserting_before(node):
+            new = rewriter.graph.call_function(_outputs, (parts, begin, end, example(node).dtype, argument(node, 2, "bias")))
+        new.meta.update(node.meta)
+        rewriter.replace(node, new)
+        rewriter.graph.erase_node(node)
+        begin = end
+
+
+def _outputs(parts: Tensor, begin: int, end: int, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+    """One layer's, rounded once, as a product of its own would be."""
+    out = parts[..., begin:end].sum(0)
+    return (out if bias is None else out + bias).to(dtype)
+
+
+def _fits(node: Node) -> bool:
+    """Whether it is a plain layer of a plain weight, for few rows, on a device with our kernel, of dtypes and sizes that the kernel
+    takes, whose input and weight the graph leaves alone."""
+    if len(node.args) < 2:
+        return False
+    x, weight, bias = example(node.args[0]), example(node.args[1]), argument(node, 2, "bias")
+    tensors = [x, weight, example(node), *([] if bias is None else [example(bias)])]
+    if not all(isinstance(t, Tensor) and not compat.is_wrapper(t) and t.dtype in DTYPES for t in tensors):
+        return False
+    sizes = [compat.known(size) for size in (*x.shape, *weight.shape)]
+    if None in sizes or len(sizes) < 3:
+        return False
+    *rows, inputs, outputs, _ = sizes
+    return (
+        len({t.dtype for t in tensors}) == 1  # also under autocast
+        and x.device.type in lowering.DEVICES
+        and weight.dim() == 2 and weight.is_contiguous()
+        and 0 < math.prod(rows) <= MOST_ROWS and inputs % STEP == 0 and outputs % TILE == 0 and outputs <= MOST_OUTPUTS
+        and node.args[1].op == "placeholder"
+        and not is_written(node.args[0]) and not is_written(node.args[1])
+    )  # fmt: skip
