@@ -13,7 +13,7 @@ from torch.fx import Node
 from .. import compat, lowering
 from ..kernels.linear import MOST_ROWS, MOST_WEIGHTS, STEP, TILE
 from .graph import argument, example, is_call
-from .masks import is_written
+from .masks import is_written, memory_of
 
 if TYPE_CHECKING:
     from .rewrite import Rewriter
@@ -75,5 +75,5 @@ def _fits(node: Node) -> bool:
         and weight.dim() == 2 and weight.is_contiguous()
         and 0 < math.prod(rows) <= MOST_ROWS and inputs % STEP == 0 and outputs % TILE == 0 and outputs <= MOST_OUTPUTS
         and node.args[1].op == "placeholder"
-        and not is_written(node.args[0]) and not is_written(node.args[1])
+        and not is_written(memory_of(node.args[0])) and not is_written(node.args[1])
     )  # fmt: skip
