@@ -2,8 +2,8 @@
 
 cuBLAS sees one weight at a time. One of 8 or 32 MB has too few tiles of outputs to keep a GPU's memory busy, so that it splits
 the inputs, too, and sums the parts in a second kernel. Here the weights are one matrix, and the parts are summed by whoever
-reads the product (Inductor fuses that). On an H200, for q, k and v of Llama-3.1-8B: 15 us instead of 28, their bytes take 12
-(benchmarks/results/linear.txt).
+reads the product (Inductor fuses that). On an H200, for one row, q, k and v of Llama-3.1-8B: 15 us instead of 27, their bytes
+take 12 (benchmarks/results/linear.json).
 """
 
 from __future__ import annotations
@@ -54,6 +54,16 @@ def _linear_kernel(
 ):  # fmt: skip
     """One program: TILE outputs, all of one weight, of PART of its inputs. Weights begin at outputs 0, FIRST1 and FIRST2; COUNT of
     the ROWS rows are there."""
+    out, part, row, output = _products(X, W0, W1, W2, COUNT, FIRST1, FIRST2, INPUTS, PART, ROWS, TILE, STEP, STAGES)
+    tl.store(OUT + (part * COUNT + row) * OUTPUTS + output, out, mask=row < COUNT)
+
+
+@triton.jit
+def _products(
+    X, W0, W1, W2, COUNT: tl.constexpr, FIRST1: tl.constexpr, FIRST2: tl.constexpr, INPUTS: tl.constexpr, PART: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """(fp32 [ROWS, TILE], place of the part [1, 1], row [ROWS, 1], output [1, TILE])."""
     first = tl.program_id(0) * TILE
     part = tl.program_id(1)
     weight, begin = W0, 0
@@ -75,8 +85,7 @@ def _linear_kernel(
             out = tl.dot(to_fp32(w), to_fp32(x).T, out)
         else:
             out = tl.dot(w, x.T, out)
-    out_ptr = OUT + (part * COUNT + row)[:, None] * OUTPUTS + (first + output)[None, :]
-    tl.store(out_ptr, out.T, mask=real)
+    return out.T, tl.full([1, 1], 0, tl.int32) + part, row[:, None], (first + output)[None, :]
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,8 @@ def linear_triton(x: Tensor, weights: Sequence[Tensor], splits: int) -> Tensor:
 
     Args:
         x: fp16 or bf16 [rows, in], at most MOST_ROWS.
-        weights: of x's dtype, each [out, in], contiguous, at most MOST_WEIGHTS; out is a multiple of TILE.
+        weights: of x's dtype, each [out, in], contiguous, of less than 2**31 elements, at most MOST_WEIGHTS; out is a multiple
+            of TILE.
         splits: of the inputs, each of a multiple of STEP.
 
     Returns:

@@ -87,6 +87,20 @@ def is_wrapper(x: Any) -> bool:
     return is_traceable_wrapper_subclass(x)
 
 
+def storages_of(value: Any) -> set[int]:
+    """What tensors, also fake ones, have in common that lie in the same memory: of those in `value`."""
+    return {x.untyped_storage()._cdata for x in tree_leaves(value) if isinstance(x, Tensor) and not is_wrapper(x)}
+
+
+def may_write(target: Any) -> bool:
+    """Whether what a node calls is registered as writing into an argument, but for `out=`. (Of anything else, False.)"""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(may_write(getattr(target, name)) for name in target.overloads() if "out" not in name)
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
 def known(size: Any) -> int | None:
     """`size` where it is the same for all inputs that a graph takes, also one that Dynamo has learnt to be since."""
     return size if isinstance(size, int) else size.node.maybe_as_int()
@@ -453,6 +467,11 @@ def contiguous(x: Any) -> Any:
     """`x` in memory, contiguous."""
     ir = inductor().ir
     return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
+
+
+def viewed(x: Any, size: Sequence[int]) -> Any:
+    """`x` as another size."""
+    return inductor().lowerings[torch.ops.aten.view.default](x, list(size))
 
 
 def in_memory(x: Any) -> Any:

@@ -156,12 +156,12 @@ def _linear_parts(x: Any, weights: list[Any]) -> Any:
     *rows, inputs = map(int, x.get_size())
     outputs = [int(weight.get_size()[0]) for weight in weights]
     launch = linear.Launch.of(math.prod(rows), inputs, outputs, linear.parts_of(sum(outputs), inputs))
-    layout = compat.inductor().FixedLayout(x.get_device(), torch.float32, [launch.shape[0], *rows, launch.shape[2]])
+    layout = compat.inductor().FixedLayout(x.get_device(), torch.float32, list(launch.shape))
     out, _ = _call(
         "linear", [compat.contiguous(x), *linear.three([compat.realized(weight) for weight in weights])], layout, [],
         [dict(launch.constants, GRID=launch.grid, num_warps=linear.WARPS, num_stages=1)],
     )  # fmt: skip
-    return out
+    return compat.viewed(out, [launch.shape[0], *rows, launch.shape[2]])
 
 
 def _split_constants(to: Launches, common: dict[str, Any], scale: float, slots: int) -> dict[str, Any]:

@@ -92,6 +92,12 @@ PURE = {
 that FX's own dead-code pass takes for pure."""
 
 
+def is_pure(node: Node) -> bool:
+    """Whether `node` is one of the calls in `PURE`, and does not write into an argument all the same."""
+    writes = {"out", "inplace"} & node.kwargs.keys() or is_call(node, "dropout") and argument(node, 3, "inplace", False)
+    return is_call(node, *PURE) and not writes and not compat.may_write(node.target)
+
+
 def erase_dead(graph: Graph, roots: Iterable[Node], known: Collection[Node] = ()) -> None:
     """Erase `roots` and what only they used, as far as it is proved dead. `known` write into nothing that is read."""
     pending = [node for node in roots if isinstance(node, Node)]
@@ -99,7 +105,7 @@ def erase_dead(graph: Graph, roots: Iterable[Node], known: Collection[Node] = ()
         node = pending.pop()
         if compat.is_erased(node) or node.users or node.op == "placeholder":
             continue
-        if node not in known and not is_call(node, *PURE):
+        if node not in known and not is_pure(node):
             continue
         pending.extend(node.all_input_nodes)
         graph.erase_node(node)

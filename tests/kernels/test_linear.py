@@ -12,6 +12,7 @@ from minikv_compile.kernels.linear import (
     PROGRAMS,
     STEP,
     TILE,
+    Launch,
     linear_reference,
     linear_triton,
     parts_of,
@@ -43,7 +44,9 @@ def test_equals_exact_products(rows, tiles, steps, splits, dtype, apart):
 @pytest.mark.parametrize("odd", [0, 1])
 def test_large_matrices_have_large_tiles(odd):
     """Where each weight has a whole number of them."""
-    check(3, [2 * PROGRAMS - 10 - odd, 10 + odd], 1, 1, torch.bfloat16)
+    tiles = [2 * PROGRAMS - 10 - odd, 10 + odd]
+    assert Launch.of(3, STEP, [n * TILE for n in tiles], 1).constants["TILE"] == (TILE if odd else 2 * TILE)
+    check(3, tiles, 1, 1, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
