@@ -89,7 +89,8 @@ def is_wrapper(x: Any) -> bool:
 
 def storages_of(value: Any) -> set[int]:
     """What tensors, also fake ones, have in common that lie in the same memory: of those in `value`."""
-    return {x.untyped_storage()._cdata for x in tree_leaves(value) if isinstance(x, Tensor) and not is_wrapper(x)}
+    strided = (x for x in tree_leaves(value) if isinstance(x, Tensor) and not is_wrapper(x) and x.layout is torch.strided)
+    return {x.untyped_storage()._cdata for x in strided}
 
 
 def may_write(target: Any) -> bool:
@@ -101,7 +102,7 @@ def may_write(target: Any) -> bool:
     return isinstance(target, torch._ops.HigherOrderOperator)
 
 
-def known(size: Any) -> int | None:
+def static_size(size: Any) -> int | None:
     """`size` where it is the same for all inputs that a graph takes, also one that Dynamo has learnt to be since."""
     return size if isinstance(size, int) else size.node.maybe_as_int()
 
@@ -293,7 +294,7 @@ class _Storages(TorchDispatchMode):
 
     def __init__(self, held: Iterable[Any]):
         super().__init__()
-        self.held = {x.untyped_storage()._cdata for x in held if isinstance(x, Tensor)}
+        self.held = storages_of(list(held))
         self.alive: dict[int, int] = {}
         self.now = self.most = 0
 

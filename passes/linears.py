@@ -53,7 +53,7 @@ def _merge(rewriter: Rewriter, x: Node, nodes: list[Node]) -> None:
         parts = rewriter.graph.call_function(torch.ops.minikv.linear_parts.default, (x, weights))
     begin = 0
     for node, weight in zip(nodes, weights, strict=True):
-        end = begin + compat.known(example(weight).shape[0])
+        end = begin + compat.static_size(example(weight).shape[0])
         with rewriter.graph.inserting_before(node):
             new = rewriter.graph.call_function(_outputs, (parts, begin, end, example(node).dtype, argument(node, 2, "bias")))
         new.meta.update(node.meta)
@@ -77,7 +77,7 @@ def _fits(node: Node) -> bool:
     tensors = [x, weight, example(node), *([] if bias is None else [example(bias)])]
     if not all(isinstance(t, Tensor) and not compat.is_wrapper(t) and t.dtype in DTYPES for t in tensors):
         return False
-    sizes = [compat.known(size) for size in (*x.shape, *weight.shape)]
+    sizes = [compat.static_size(size) for size in (*x.shape, *weight.shape)]
     if None in sizes or x.dim() < 2 or weight.dim() != 2:
         return False
     *rows, inputs, outputs, _ = sizes

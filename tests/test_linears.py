@@ -1,23 +1,18 @@
-"""Linear layers of a decode step that become one product."""
+"""Linear layers of a decode step that become one product. (What Inductor makes of it: test_lowering.py.)"""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._inductor import config as inductor
-from torch._inductor.utils import run_and_get_code
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import DynamicCache
-from triton.runtime import driver
 
 from minikv_compile import MiniKVBackend, MiniKVCache, MiniKVConfig, compat, lowering
-from minikv_compile.kernels.linear import parts_of
-from minikv_compile.passes import linears
 
 from .helpers import prompt, tiny
-from .test_lowering import DEVICE, Hopper
 
 minikv = torch.ops.minikv
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def wide(architecture="llama", dtype=torch.bfloat16, **changes):
@@ -31,20 +26,21 @@ def devices(monkeypatch):
     monkeypatch.setattr(lowering, "DEVICES", {DEVICE})
 
 
+@pytest.fixture
+def graphs(monkeypatch):
+    """What the backend makes of the graphs that it gets; they run as they are."""
+    made = []
+    monkeypatch.setattr(compat, "inner_compiler", lambda *_: lambda module, inputs: made.append(module.graph) or module)
+    return made
+
+
 @torch.no_grad()
-def step_of(model, monkeypatch, batch=1, inner=None):
-    """(logits of a step, its graph)."""
-    graphs = []
-
-    def kept(module, inputs):
-        graphs.append(module.graph)
-        return module
-
-    monkeypatch.setattr(compat, "inner_compiler", lambda *_: kept)
+def step_of(model, batch=1):
+    """Logits of a step behind a prompt."""
     run, cache = torch.compile(type(model).forward.__get__(model), backend=MiniKVBackend()), DynamicCache()
     for ids in (prompt(40, batch), torch.full((batch, 1), 7)):
         logits = run(ids.to(DEVICE), past_key_values=cache).logits
-    return logits, graphs[-1]
+    return logits
 
 
 def calls(graph):
@@ -56,23 +52,22 @@ def calls(graph):
 @pytest.mark.parametrize(
     "architecture, changes", [("llama", {}), ("qwen3", {}), ("llama", {"attention_bias": True, "mlp_bias": True})]
 )
-def test_a_step(architecture, changes, monkeypatch):
+def test_a_step(architecture, changes, graphs, monkeypatch):
     model = wide(architecture, **changes)
     torch.manual_seed(0)
-    got, graph = step_of(model, monkeypatch)
-    merged, left = calls(graph)
+    got = step_of(model)
+    merged, left = calls(graphs[-1])
     assert merged == [[128, 64, 64], [128], [128, 128], [128]] * 2 and left == 1  # the logits: 97 are no multiple of 64
     torch.compiler.reset()
     monkeypatch.setattr("minikv_compile.passes.rewrite.merge_linears", lambda rewriter: None)
     torch.manual_seed(0)
-    want, graph = step_of(model, monkeypatch)
-    assert calls(graph) == ([], 15)
+    want = step_of(model)
+    assert calls(graphs[-1]) == ([], 15)
     assert (got - want).abs().max() < 0.02 * want.abs().max()
 
 
-def test_not_in_prompts(monkeypatch):
-    graphs, model = [], wide()
-    monkeypatch.setattr(compat, "inner_compiler", lambda *_: lambda module, inputs: graphs.append(module.graph) or module)
+def test_not_in_prompts(graphs):
+    model = wide()
     run = torch.compile(type(model).forward.__get__(model), backend=MiniKVBackend())
     with torch.no_grad():
         run(prompt(40).to(DEVICE), past_key_values=DynamicCache())
@@ -80,10 +75,9 @@ def test_not_in_prompts(monkeypatch):
 
 
 @torch.no_grad()
-def test_rows_of_a_cache(monkeypatch):
+def test_rows_of_a_cache(graphs):
     """The rows of a `MiniKVCache` are known, though Dynamo has seen another number of them."""
-    graphs, model = [], wide()
-    monkeypatch.setattr(compat, "inner_compiler", lambda *_: lambda module, inputs: graphs.append(module.graph) or module)
+    model = wide()
     run = torch.compile(type(model).forward.__get__(model), backend=MiniKVBackend())
     for rows in (1, 5):
         cache = MiniKVCache(model, 200, rows)
@@ -93,15 +87,14 @@ def test_rows_of_a_cache(monkeypatch):
 
 
 @pytest.mark.parametrize("why", ["rows", "dtype", "sizes", "device", "weights"])
-def test_left_alone(why, monkeypatch):
+def test_left_alone(why, graphs, monkeypatch):
     model = wide(dtype=torch.float32 if why == "dtype" else torch.bfloat16, **({"head_dim": 24} if why == "sizes" else {}))
     if why == "device":
         monkeypatch.setattr(lowering, "DEVICES", set())
     if why == "weights":
         quantize_(model, Int8WeightOnlyConfig())
-    _, graph = step_of(model, monkeypatch, batch=17 if why == "rows" else 2)
-    merged, left = calls(graph)
-    assert merged == [] and left == 15
+    step_of(model, batch=17 if why == "rows" else 2)
+    assert calls(graphs[-1]) == ([], 15)
 
 
 @torch.library.custom_op("minikv_tests::double", mutates_args=("x",))
@@ -136,10 +129,9 @@ class Headed(nn.Module):
 
 @torch.no_grad()
 @pytest.mark.parametrize("what", WRITES)
-def test_what_is_written_in_between(what, monkeypatch):
+def test_what_is_written_in_between(what, graphs):
     """Layers stay behind it. And outputs of the graph."""
-    graphs, model = [], Headed(WRITES[what])
-    monkeypatch.setattr(compat, "inner_compiler", lambda *_: lambda module, inputs: graphs.append(module.graph) or module)
+    model = Headed(WRITES[what])
     ids, results = (prompt(40).to(DEVICE), prompt(1).to(DEVICE)), []
     for run in (torch.compile(model, backend=MiniKVBackend(MiniKVConfig.preset("lossless"))), model):
         cache = DynamicCache()
@@ -148,32 +140,3 @@ def test_what_is_written_in_between(what, monkeypatch):
     assert left == 0 and merged[8:] == ([[64, 192]] if what == "nothing" else [[64], [192]])
     for got, want in zip(*results, strict=True):
         assert (got - want).abs().max() < 0.02 * want.abs().max()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "outputs, inputs, parts", [((128, 64), 256, 2), ((128,), 128, 1), ((64,), 512, 4), ((64, 64, 128), 384, 1), ((64, 64), 128, 1)]
-)
-def test_inductor_calls_the_kernel(outputs, inputs, parts, monkeypatch):
-    """Not the op. Parts are summed where the outputs are read: in the kernel itself, where it is one layer's and there is one."""
-    x = torch.randn(2, 1, inputs, device=DEVICE).bfloat16()
-    weights = [torch.randn(n, inputs, device=DEVICE).bfloat16() for n in outputs]
-    assert parts_of(sum(outputs), inputs) == parts
-
-    def run(x, *weights):
-        found, begin = minikv.linear_parts(x, list(weights)), 0
-        results = []
-        for weight in weights:
-            results.append(linears._outputs(found, begin, begin + weight.shape[0], x.dtype, None).relu() * 2)
-            begin += weight.shape[0]
-        return results
-
-    lowering.register()
-    if DEVICE == "cpu":
-        monkeypatch.setattr(driver, "_active", Hopper())
-    with inductor.patch(force_disable_caches=True, **({"cpu_backend": "triton"} if DEVICE == "cpu" else {})):
-        got, (code,) = run_and_get_code(torch.compile(run), x, *weights)
-    calls = "\n".join(line for line in code.split("def call")[1].splitlines() if not line.strip().startswith("#"))
-    assert calls.count("triton_tem_fused") == 1 and "minikv" not in calls
-    for result, weight in zip(got, weights, strict=True):
-        torch.testing.assert_close(result, F.linear(x, weight).relu() * 2, atol=0.5, rtol=0.02)

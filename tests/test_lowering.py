@@ -17,6 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from minikv_compile import MiniKVBackend, MiniKVConfig, compat, lowering, ops
+from minikv_compile.kernels.linear import parts_of
+from minikv_compile.passes import linears
 from minikv_compile.passes.graph import callee
 from minikv_compile.passes.rewrite import Rewriter
 
@@ -197,13 +199,13 @@ class Decoder(nn.Module):
         return x, kept
 
 
-def decode_in_both(preset):
+def decode_in_both(preset, dtype=torch.float32, compare=close):
     """A model's decode graph, compiled by Inductor, against the same graph run op by op.
 
     Attention as plain products, which is what a GPU has for grouped heads in float32: they find that a layer's values
     are as long as its keys, so that one length goes by the other's symbol, and of the two only one is an input.
     """
-    model, config = Decoder().to(DEVICE), MiniKVConfig.preset(preset)
+    model, config = Decoder().to(DEVICE, dtype), MiniKVConfig.preset(preset)
     results = []
     for inner in ("eager", "inductor"):
         torch._dynamo.reset()
@@ -217,7 +219,7 @@ def decode_in_both(preset):
                 step, past = decode(prompt(1, BATCH).to(DEVICE), past)
                 steps.append(step)
         results.append(torch.cat(steps))
-    close(*results)
+    compare(*results)
 
 
 @pytest.mark.slow
@@ -237,11 +239,61 @@ def test_through_the_backend(preset, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("preset", ["default", "lossless"])
+def test_products_through_the_backend(preset, monkeypatch):
+    """Products of one layer in one part, which have as many elements as what reads them. On the CPU attention would be in plain
+    PyTorch, which the interpreter does not run."""
+    init, densify, call, called = Rewriter.__init__, Rewriter._densify_rest, lowering._call, []
+
+    def attention_outside(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.merges, self.fused = self.fused, False
+
+    def merged_all_the_same(self):
+        densify(self)
+        if self.merges:
+            linears.merge_linears(self)
+
+    def compare(want, got):
+        assert (got - want).abs().max() < 0.02 * want.abs().max()
+
+    monkeypatch.setattr(Rewriter, "__init__", attention_outside)
+    monkeypatch.setattr(Rewriter, "_densify_rest", merged_all_the_same)
+    monkeypatch.setattr(lowering, "_call", lambda name, *args, **more: called.append(name) or call(name, *args, **more))
+    decode_in_both(preset, torch.bfloat16, compare)
+    assert called == ["linear", "prepare", "split", "merge", "linear"] * 2
+
+
+@pytest.mark.slow
 def test_through_the_backend_without_templates(monkeypatch):
     monkeypatch.setattr(lowering, "DEVICES", set())
     monkeypatch.setattr(lowering, "_call", None)
     with inductor.patch(cpu_backend="cpp"):
         decode_in_both("default")
+
+
+@pytest.mark.parametrize(
+    "outputs, inputs, parts", [((128, 64), 256, 2), ((128,), 128, 1), ((64,), 512, 4), ((64, 64, 128), 384, 1), ((64, 64), 128, 1)]
+)
+def test_products_of_several_layers(outputs, inputs, parts):
+    """Not the op. Parts are summed where the outputs are read: in the kernel itself, where it is one layer's and there is one."""
+    x = torch.randn(2, 1, inputs, device=DEVICE).bfloat16()
+    weights = [torch.randn(n, inputs, device=DEVICE).bfloat16() for n in outputs]
+    assert parts_of(sum(outputs), inputs) == parts
+
+    def run(x, *weights):
+        found, begin = minikv.linear_parts(x, list(weights)), 0
+        results = []
+        for weight in weights:
+            results.append(linears._outputs(found, begin, begin + weight.shape[0], x.dtype, None).relu() * 2)
+            begin += weight.shape[0]
+        return results
+
+    got, code = compile_and_run(run, x, *weights)
+    calls = code.split("def call")[1].split("def get_args")[0]
+    assert len(re.findall(r"triton_tem_fused\w*\.run\(", calls)) == 1 and not re.search(r"minikv\.linear_parts\S*\(", calls)
+    for result, weight in zip(got, weights, strict=True):
+        torch.testing.assert_close(result, F.linear(x, weight).relu() * 2, atol=0.5, rtol=0.02)
 
 
 @pytest.mark.parametrize("computed", [1, 2])
