@@ -17,8 +17,6 @@ import sys
 import time
 from functools import partial
 
-os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
-
 import _path  # noqa: F401
 import torch
 import triton
@@ -27,6 +25,7 @@ from minikv_compile.kernels.attend import Important, attend_triton
 from minikv_compile.kernels.compress import compress_triton, dense_region_triton, empty_packed
 from minikv_compile.kernels.flush import flush_triton
 from minikv_compile.kernels.important import distance_from_mean_triton, stored_order_triton
+from minikv_compile.kernels.linear import STEP, TILE, linear_triton
 from minikv_compile.kernels.packing import BLOCK, value_group
 from minikv_compile.kernels.scores import column_scores_triton
 from minikv_compile.kernels.select import bitmask_triton, highest_triton
@@ -90,8 +89,8 @@ def attend(
                   value_group(group, dim), rotation if tier else None, balancer, important, noise)  # fmt: skip
 
 
-def compress(dim: int, dtype: torch.dtype, layout: str, group: int, rotate: bool) -> None:
-    """Gathered tokens, then the dense region that is left."""
+def compress(dim: int, dtype: torch.dtype, layout: str, group: int, rotate: bool, fed: bool = False) -> None:
+    """Gathered tokens, with error feedback or without, then the dense region that is left."""
     batch, kv_heads, seq = 2, 2, 300
     x = torch.randn(batch, kv_heads, seq, dim, device=DEVICE).to(dtype)
     x[0, 0, 7, 3] = torch.inf
@@ -101,6 +100,7 @@ def compress(dim: int, dtype: torch.dtype, layout: str, group: int, rotate: bool
     counted = counters(x)
     compress_triton(
         x, index, 4, tokens, 2, 2, group, axis, layout, hadamard(dim).to(DEVICE) if rotate else None, counted=counted,
+        factors=torch.randn(batch, kv_heads, dim, dim, device=DEVICE) / dim if fed else None,
     )  # fmt: skip
     dense_region_triton(x, index, 4, tokens, seq - tokens, 200, counted)
 
@@ -135,11 +135,18 @@ def flush(dim: int) -> None:
     flush_triton(*layers, 384, 1, 300, 64, 2, 2, (BLOCK, 16), ("token", "channel"), hadamard(dim).to(DEVICE), False, 1.0)
 
 
+def linear(splits: int) -> None:
+    """Three rows that lie apart, weights of one, two and three tiles."""
+    x = torch.randn(3, 2 * splits * STEP + 8, device=DEVICE).bfloat16()[:, :-8]
+    linear_triton(x, [torch.randn(n * TILE, x.shape[1], device=DEVICE).bfloat16() for n in (1, 2, 3)], splits)
+
+
 LAUNCHES = {
     **{f"attend {i}": partial(attend, **case) for i, case in enumerate(ATTEND)},
     "compress keys": partial(compress, 128, torch.bfloat16, "key", 64, True),
     "compress values": partial(compress, 128, torch.bfloat16, "value", 64, True),
     "compress padded": partial(compress, 80, torch.float16, "value", 16, False),
+    "compress fed back": partial(compress, 80, torch.bfloat16, "key", 64, True, fed=True),
     "scores": partial(scores, 128, torch.bfloat16, None),
     "scores wide": partial(scores, 128, torch.bfloat16, None, MANY_KEYS),
     "scores last": partial(scores, 80, torch.float16, 64),
@@ -148,6 +155,8 @@ LAUNCHES = {
     "important": partial(important, 128, 5000),
     "important padded": partial(important, 80, 190),
     "flush": partial(flush, 80),
+    "linear": partial(linear, 1),
+    "linear in parts": partial(linear, 4),
 }
 """Every kernel once or more."""
 
@@ -167,6 +176,7 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
+    os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # here: tests that import this file capture CUDA graphs
     launch()
     if args.launch:
         return

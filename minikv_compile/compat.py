@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from types import SimpleNamespace
@@ -93,13 +93,20 @@ def storages_of(value: Any) -> set[int]:
     return {x.untyped_storage()._cdata for x in strided}
 
 
-def may_write(target: Any) -> bool:
-    """Whether what a node calls is registered as writing into an argument, but for `out=`. (Of anything else, False.)"""
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return any(may_write(getattr(target, name)) for name in target.overloads() if "out" not in name)
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
+def is_higher_order(target: Any) -> bool:
     return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def mutable_arguments(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Those of a call's arguments that it is registered to write into, but for `out=`; of a name that stands for several
+    operators, the arguments of each."""
+    operators = [target] if isinstance(target, torch._ops.OpOverload) else []
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        operators = [getattr(target, name) for name in target.overloads() if "out" not in name]
+    return [
+        args[i] if i < len(args) else kwargs.get(argument.name)
+        for each in operators for i, argument in enumerate(each._schema.arguments) if argument.is_write
+    ]  # fmt: skip
 
 
 def static_size(size: Any) -> int | None:
@@ -123,10 +130,10 @@ def abandon_capture(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
     one fails: until a capture has ended well."""
 
     def end_another() -> None:
-        another = torch.cuda.CUDAGraph()
+        another, x = torch.cuda.CUDAGraph(), torch.empty(1, device=device)  # now: not every allocator can in a capture
         another.capture_begin(capture_error_mode="thread_local")
         try:
-            torch.ones(1, device=device)  # torch warns of an empty graph
+            x.zero_()  # torch warns of an empty graph
         finally:
             another.capture_end()
 

@@ -186,7 +186,8 @@ class Fixed(Decoder):
         self.cache.reset()
 
     def prefill(self, row: int, ids: Tensor) -> None:
-        self.row.reset()
+        if self.row is not self.cache:  # else `begin` has emptied it
+            self.row.reset()
         compat.mark_dynamic(ids, 1)
         logits = self.read(ids, past_key_values=self.row, logits_to_keep=1, use_cache=True).logits
         if self.row is not self.cache:

@@ -9,6 +9,8 @@ behind it added: `target_i = key_i + sum_{j > i} r_j (W^-1)_ji`. It costs nothin
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.library import custom_op
@@ -35,13 +37,16 @@ def query_moments(q: Tensor, k: Tensor, order: Tensor | None, lengths: Tensor | 
         fp32 [batch, kv_heads, head_dim, head_dim].
     """
     counts = [q.shape[2]] * q.shape[0] if lengths is None else lengths.tolist()
-    rows = []
+    moments = q.new_empty(q.shape[0], k.shape[1], q.shape[3], q.shape[3], dtype=torch.float32)
     for b, n in enumerate(counts):
-        places = torch.linspace(0, n - 1, min(n, OBSERVED), device=q.device).long()
-        places = places if order is None else order[b].to(q.device)[places]
+        x = q[b]
+        if order is not None or n > OBSERVED:
+            places = torch.linspace(0, n - 1, min(n, OBSERVED), device=q.device).long()
+            x = x.index_select(1, places if order is None else order[b].to(q.device)[places])
         # fp64, here and below: sums in TF32, which the caller may have allowed, are no longer positive definite.
-        rows.append(q[b].index_select(1, places).double().unflatten(0, (k.shape[1], -1)).flatten(1, 2))
-    return torch.stack([x.mT @ x / x.shape[1] for x in rows]).float()
+        x = x.double().unflatten(0, (k.shape[1], -1)).flatten(1, 2)
+        moments[b] = (x.mT @ x).div_(x.shape[1])
+    return moments
 
 
 @query_moments.register_fake
@@ -56,16 +61,30 @@ def feedback_factors(moments: Tensor, rotation: Tensor | None, balancer: Tensor 
     Args:
         moments: of `query_moments`. rotation, balancer: of the tier, as of `kernels.compress`.
     """
-    moments = moments.double()
+    moments = moments.to(torch.float64, copy=True)
     if balancer is not None:
-        moments = moments / balancer[..., :, None] / balancer[..., None, :]
+        moments /= balancer[..., :, None] * balancer[..., None, :]
     if rotation is not None:
-        moments = rotation.double().mT @ moments @ rotation.double()
+        rotation = _in_fp64(rotation)
+        moments = rotation.mT @ moments @ rotation
     diagonal = moments.diagonal(dim1=-2, dim2=-1)
-    damped = moments + torch.diag_embed((DAMPING * diagonal.mean(-1, keepdim=True) + 1e-30).expand_as(diagonal))
-    lower, failed = torch.linalg.cholesky_ex(damped)  # no look at the outcome, which would wait for the device
+    diagonal.add_(diagonal.mean(-1, keepdim=True), alpha=DAMPING)
+    lower, failed = torch.linalg.cholesky_ex(moments)  # no look at the outcome, which would wait for the device
     unit = lower / lower.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-    identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device).expand_as(moments)
+    identity = _identity(moments.shape[-1], moments.device).expand_as(moments)
     factors = torch.linalg.solve_triangular(unit, identity, upper=False, unitriangular=True).tril(-1)
-    usable = (failed == 0) & torch.isfinite(factors).flatten(-2).all(-1)
+    usable = factors.sum((-2, -1)) * 0 == failed  # 0, of what is finite, and no failure
     return torch.where(usable[..., None, None], factors, 0.0).float()
+
+
+# A prompt of a few hundred tokens waits for the host, so that what does not change is made once.
+
+
+@lru_cache
+def _in_fp64(rotation: Tensor) -> Tensor:
+    return rotation.double()
+
+
+@lru_cache
+def _identity(size: int, device: torch.device) -> Tensor:
+    return torch.eye(size, dtype=torch.float64, device=device)

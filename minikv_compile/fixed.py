@@ -108,6 +108,13 @@ def bits_of(mask: Tensor) -> Tensor:
     return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
 
 
+def set_first(bits: Tensor, n: int) -> None:
+    """Set the first `n` of bits that are 0, in place; in uint8, as of `bits_of`."""
+    bits[..., : n // 8] = 255
+    if n % 8:
+        bits[..., n // 8] = 2 ** (n % 8) - 1
+
+
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """What the states of storages may count of tokens with NaN or inf without being news, of each row."""
 
@@ -189,8 +196,7 @@ def store_prompt(
         parts = {name: next(made) for name in ops.fields(settings, role, lengths is not None)}
         for name, tensor in zip(names(settings, role), tensors, strict=True):
             if name == "state":
-                tensor.copy_(parts[name])
-                tensor[:, OFFSET] -= seq
+                tensor.copy_(parts[name])[:, OFFSET].sub_(seq)
             else:
                 stored = min(tensor.shape[2], parts[name].shape[2])
                 if name == "codes" and parts[name].shape[2] > max(tensor.shape[2], ops.MIN_BLOCKS):
@@ -199,11 +205,16 @@ def store_prompt(
     if settings.pins:
         stored = min(important.shape[2], parts["important"].shape[2])
         important.fill_(NO_TOKEN)[:, :, :stored] = parts["important"][:, :, :stored]
-    bits = parts["kept"] if "kept" in parts else bits_of(k.new_ones(batch, heads, seq, dtype=torch.bool))
     kept.zero_()
-    kept[..., : bits.shape[-1]] = bits
+    if "kept" in parts:
+        kept[..., : parts["kept"].shape[-1]] = parts["kept"]
+    else:
+        set_first(kept, seq)
     length.fill_(seq)
-    padding.copy_(torch.zeros_like(padding) if lengths is None else seq - lengths)
+    if lengths is None:
+        padding.zero_()
+    else:
+        padding.copy_(seq - lengths)
 
 
 @store_prompt.register_fake

@@ -22,7 +22,7 @@ from .kernels.packing import BLOCK, metadata_dtype, words
 from .kernels.products import FOLDED
 from .kernels.select import bitmask
 from .kernels.state import COLUMNS, IN_IMPORTANT, IN_TIER, NOT_FINITE, OFFSET, PINNED
-from .policy import Prompt, important_tokens, select
+from .policy import Prompt, important_tokens, padded_to, select
 from .rotation import rotation_matrix
 from .tiers import attended, grouping, tier_names
 
@@ -146,13 +146,12 @@ def stored_tokens(state: Tensor, length: int | Tensor) -> Tensor:
     return length - state[:, OFFSET] + state[:, IN_TIER] + state[:, IN_IMPORTANT]
 
 
-@custom_op("minikv::compress", mutates_args=(), tags=READS_HOST)
 @on_its_own
 def compress_prompt(
     k: Tensor, v: Tensor, scores: Tensor | None, order: Tensor | None, lengths: Tensor | None, layer: int, layers: int,
     config: str, q_range: Tensor | None = None, q_moments: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """Select, gather, balance, rotate, quantize and pack the prompt's keys and values.
+    """Select, gather, balance, rotate, quantize and pack the prompt's keys and values: the op `minikv::compress`.
 
     Args:
         k, v: [batch, kv_heads, seq, head_dim], any strides.
@@ -213,8 +212,7 @@ def compress_prompt(
     shared = []
     if settings.pins:
         important = important_tokens(prompts, chosen, packed, apart, settings)
-        most = settings.counts_vary * MIN_BLOCKS
-        important = torch.nn.functional.pad(important, (0, max(0, most - important.shape[2])), value=NO_TOKEN)
+        important = padded_to(important, settings.counts_vary * MIN_BLOCKS, NO_TOKEN)
         shared.append(important.int())
         if any(apart) and (any(packed) or settings.two_tiers):
             stored = stored_order(important, apart_in_row, max(counts), settings.sinks)
@@ -249,6 +247,9 @@ def compress_prompt(
     return out
 
 
+_compress = custom_op("minikv::compress", compress_prompt, mutates_args=(), tags=READS_HOST)
+
+
 def _row(kept: int, seq: int, important: int, whole: bool, config: MiniKVConfig) -> list[int]:
     """The state of a row of a prompt of `seq` that keeps `kept` tokens, of which so many are important."""
     pinned = config.pinned(important)
@@ -280,7 +281,7 @@ def fields(config: MiniKVConfig, role: str, padded: bool) -> list[str]:
     ]  # fmt: skip
 
 
-@compress_prompt.register_fake
+@_compress.register_fake
 def _(k, v, scores, order, lengths, layer, layers, config, q_range=None, q_moments=None):
     settings = MiniKVConfig.from_json(config)
     batch, heads, seq, dim = k.shape

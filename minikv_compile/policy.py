@@ -263,13 +263,19 @@ def important_tokens(
     if len(set(counts)) == 1 and counts[0]:
         # One selection for all: padding is worth less than any token.
         most = max(packed) + counts[0]
-        scores = torch.cat([F.pad(row, (0, most - row.shape[1]), value=-1.0) for row in rows])
+        scores = torch.cat([padded_to(row, most, -1.0) for row in rows])
         return highest(scores, counts[0]).unflatten(0, (len(rows), -1)) + config.sinks
     chosen = [
         highest(row, count) + config.sinks if count else row.new_empty(row.shape[0], 0, dtype=torch.int64)
         for row, count in zip(rows, counts, strict=True)
     ]
-    return torch.stack([F.pad(row, (0, max(counts) - row.shape[1]), value=NO_TOKEN) for row in chosen])
+    return torch.stack([padded_to(row, max(counts), NO_TOKEN) for row in chosen])
+
+
+def padded_to(x: Tensor, size: int, value: float) -> Tensor:
+    """`x` with its last dimension of `size` at least; itself where it is. (`F.pad` would copy it.)"""
+    missing = size - x.shape[-1]
+    return x if missing <= 0 else F.pad(x, (0, missing), value=value)
 
 
 def select(prompts: Sequence[Prompt], layer: int, layers: int, config: MiniKVConfig) -> list[Tensor]:

@@ -1,15 +1,17 @@
-"""Reading Dynamo's FX graphs: shapes, arguments, dead nodes."""
+"""Reading Dynamo's FX graphs: shapes, arguments, what calls write into, dead nodes."""
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from .. import compat
 
@@ -79,6 +81,53 @@ def _size_at(i: int, dim: int, args: Sequence[Any]) -> int:
     return args[i].shape[dim]
 
 
+def memory(nodes: Iterable[Any]) -> set[int]:
+    """What nodes whose tensors lie in the same memory have in common."""
+    return set().union(*(compat.storages_of(example(node)) for node in nodes))
+
+
+def written(node: Node) -> list[Node]:
+    """The arguments that a call writes into: by its schema, `out=`, `inplace=`, or a name like "add_", "iadd" and "setitem"."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    if compat.is_higher_order(node.target):  # a Triton kernel of the model's own, among others
+        return node.all_input_nodes
+    into = [node.kwargs.get("out"), *compat.mutable_arguments(node.target, node.args, node.kwargs)]
+    name = callee(node)
+    if name == "setitem" or _is_in_place(name) or _asks_to_be_in_place(node):
+        into.append(node.args[0] if node.args else node.kwargs.get("input"))
+    nodes: list[Node] = []
+    map_arg(into, nodes.append)
+    return nodes
+
+
+def is_written(node: Node) -> bool:
+    """Whether the graph writes into `node`, or into a view of it, after it was made."""
+    own = memory([node])
+    return any(node in written(user) or (own & memory([user]) and is_written(user)) for user in node.users)
+
+
+def _is_in_place(name: str) -> bool:
+    if name.startswith("i") and name not in ("index", "inv", "invert") and hasattr(operator, f"__{name}__"):
+        return True
+    return name.endswith("_") and name not in ("and_", "or_", "is_", "not_")
+
+
+def _asks_to_be_in_place(node: Node) -> Any:
+    place = _place_of_inplace(node.target) if node.op == "call_function" else None
+    return node.kwargs.get("inplace", place is not None and len(node.args) > place and node.args[place])
+
+
+@lru_cache(maxsize=1024)
+def _place_of_inplace(target: Any) -> int | None:
+    """Of `inplace` among the arguments of a function like `F.relu`."""
+    try:
+        names = list(inspect.signature(target).parameters)
+    except (TypeError, ValueError):  # written in C
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
 CASTS = ("to", "type", "bool", "float", "half", "bfloat16", "type_as", "contiguous", "detach")
 """Calls that keep the values, up to their dtype and their place in memory."""
 
@@ -94,8 +143,7 @@ that FX's own dead-code pass takes for pure."""
 
 def is_pure(node: Node) -> bool:
     """Whether `node` is one of the calls in `PURE`, and does not write into an argument all the same."""
-    writes = {"out", "inplace"} & node.kwargs.keys() or is_call(node, "dropout") and argument(node, 3, "inplace", False)
-    return is_call(node, *PURE) and not writes and not compat.may_write(node.target)
+    return is_call(node, *PURE) and not written(node)
 
 
 def erase_dead(graph: Graph, roots: Iterable[Node], known: Collection[Node] = ()) -> None:

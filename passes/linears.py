@@ -4,7 +4,6 @@ take to load, and small weights load faster together."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +13,7 @@ from torch.fx import Node
 
 from .. import compat, lowering
 from ..kernels.linear import MOST_ROWS, MOST_WEIGHTS, STEP, TILE
-from .graph import argument, example, is_pure
+from .graph import argument, example, is_pure, memory
 
 if TYPE_CHECKING:
     from .rewrite import Rewriter
@@ -32,19 +31,15 @@ def merge_linears(rewriter: Rewriter) -> None:
     for node in rewriter.graph.nodes:
         if _fits(node):
             group, written = latest.get(node.args[0], ([], set()))
-            if not 0 < len(group) < MOST_WEIGHTS or written & _memory(node.args[:2]):
+            if not 0 < len(group) < MOST_WEIGHTS or written & memory(node.args[:2]):
                 latest[node.args[0]] = group, _ = [], set()
                 groups.append(group)
             group.append(node)
         elif node.target is not F.linear and not is_pure(node):
             for _, written in latest.values():
-                written |= _memory(node.all_input_nodes)
+                written |= memory(node.all_input_nodes)
     for group in groups:
         _merge(rewriter, group[0].args[0], group)
-
-
-def _memory(nodes: Sequence[Node]) -> set[int]:
-    return set().union(*(compat.storages_of(example(node)) for node in nodes))
 
 
 def _merge(rewriter: Rewriter, x: Node, nodes: list[Node]) -> None:

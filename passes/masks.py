@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .graph import CASTS, argument, callee, example, is_call, is_getitem, same, shape
+from .graph import CASTS, argument, callee, example, is_call, is_getitem, is_written, same, shape
 from .unfused import is_very_negative
 
 KEY, QUERY, BATCH = -1, -2, -4  # dimensions of a [batch, heads, query, key] mask, from the right
@@ -71,11 +71,6 @@ class Rows:
 
 Value = Grid | Predicate | Not | Additive | Rows | None
 VIEWS = ("expand", "view", "reshape", "unsqueeze", "contiguous")
-SLICES = (
-    "transpose", "permute", "t", "narrow", "select", "squeeze", "flatten", "unflatten", "view_as", "swapaxes", "swapdims",
-    "movedim", "diagonal", "chunk", "split", "unbind", "slice", "expand_as", "data", "alias",
-)  # fmt: skip
-"""More calls whose result may share memory with their first argument."""
 
 
 def read_mask(
@@ -107,42 +102,6 @@ def read_value(node: Any, seen: dict[Node, Any]) -> Value:
         seen[node] = None
         seen[node] = _read_call(node, seen)
     return seen[node]
-
-
-def is_written(node: Node) -> bool:
-    """Whether the graph writes into `node`, or into a view of it, after it was made."""
-    for user in node.users:
-        into = bool(user.args) and user.args[0] is node
-        if user.kwargs.get("out") is node or (into and writes_in_place(user)):
-            return True
-        if into and _shares_memory(user) and is_written(user):
-            return True
-    return False
-
-
-def writes_in_place(node: Node) -> bool:
-    """Whether `node` is a call that writes into its first argument."""
-    name = callee(node) if node.op in ("call_function", "call_method") else ""
-    return bool(node.args) and (name == "setitem" or _is_in_place(name))
-
-
-def _shares_memory(node: Node) -> bool:
-    """Whether `node` may be a view of its first argument."""
-    return is_getitem(node) or is_call(node, *VIEWS, *CASTS, *SLICES)
-
-
-def memory_of(node: Any) -> Any:
-    """What `node` is a view of, or a write into; itself, if it is neither."""
-    while isinstance(node, Node) and (_shares_memory(node) or writes_in_place(node)):
-        node = node.args[0]
-    return node
-
-
-def _is_in_place(name: str) -> bool:
-    """Of a call's plain name: "add_" and "iadd"."""
-    if name.startswith("i") and name not in ("index", "inv", "invert") and hasattr(operator, f"__{name}__"):
-        return True
-    return name.endswith("_") and name not in ("and_", "or_", "is_", "not_")
 
 
 def _read_call(node: Node, seen: dict) -> Value:

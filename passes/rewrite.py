@@ -20,10 +20,10 @@ from ..ops import ROLES
 from ..rotation import rotation_matrix
 from ..tensor import SEQ, KVTensor
 from . import fixed, functional, static
-from .graph import callee, erase_dead, example, is_call, is_getitem, same, shape, size_getter
+from .graph import callee, erase_dead, example, is_call, is_getitem, is_written, same, shape, size_getter
 from .layers import Layers, number
 from .linears import merge_linears
-from .masks import Predicate, is_written, read_mask, reduces_to_padding
+from .masks import Predicate, read_mask, reduces_to_padding
 from .once import compute_once
 from .sight import check_now
 from .sites import NotKept, NotTaken, Site, outputs, read_site, sites_in, where

@@ -14,8 +14,8 @@ from torch.fx import Node
 from .. import fixed
 from ..buffers import is_triangle
 from ..tensor import SEQ
-from .graph import CASTS, argument, callee, example, is_call, is_getitem, same, shape
-from .masks import Additive, Grid, Predicate, is_written, read_mask, read_value
+from .graph import CASTS, argument, callee, example, is_call, is_getitem, is_written, same, shape
+from .masks import Additive, Grid, Predicate, read_mask, read_value
 from .sites import NotTaken, Site
 from .writes import Position, Write, counts, counts_in, sizes_of, source_of
 

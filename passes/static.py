@@ -24,8 +24,7 @@ from ..ops import ROLES
 from ..tensor import SEQ
 from . import fixed
 from .functional import swapped
-from .graph import callee, erase_dead, example, is_call, is_getitem, same, shape, size_getter
-from .masks import memory_of, writes_in_place
+from .graph import callee, erase_dead, example, is_call, is_getitem, memory, same, shape, size_getter, written
 from .sight import Sight, read_sight
 from .sites import NotTaken, Site
 from .writes import Write, find_buffer, read_write, sizes_of, slice_of
@@ -174,9 +173,9 @@ def _check_readers(rewriter: Rewriter, site: Site, write: Write) -> None:
 
 def _check_kept(rewriter: Rewriter, site: Site, write: Write) -> None:
     """Raise if the new tokens are changed in place between the write and the attention, where they will be stored."""
-    nodes, memory = list(rewriter.graph.nodes), memory_of(write.new)
+    nodes, new = list(rewriter.graph.nodes), memory([write.new])
     between = nodes[nodes.index(write.nodes[-1]) + 1 : nodes.index(site.node)]
-    if any(writes_in_place(node) and memory_of(node.args[0]) is memory for node in between):
+    if any(memory(written(node)) & new for node in between):
         raise NotTaken("its new tokens are changed after they were written")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from .. import compat, ops
-from .graph import CASTS, argument, callee, erase_dead, example, is_call, same, shape
-from .masks import is_written, memory_of
+from .graph import CASTS, argument, callee, erase_dead, example, is_call, is_written, memory, same, shape
 from .rewrite import Longer, Rewritten
 
 minikv = torch.ops.minikv
@@ -62,7 +62,7 @@ def make_step(rewritten: Rewritten, kinds: set[str]) -> Step | None:
         or rewritten.held or rewritten.opened or rewritten.densified or rewritten.counted
         or any(compat.is_wrapper(example(node)) for node in placeholders)
         or len(devices) != 1 or next(iter(devices)).type not in kinds
-        or not all(isinstance(out, Longer) or _is_new(out) for out in outputs)
+        or not all(isinstance(out, Longer) or _is_new(out, placeholders) for out in outputs)
         or any(_is_unsafe(node) for node in graph.nodes)
     ):  # fmt: skip
         return None
@@ -101,9 +101,9 @@ def make_step(rewritten: Rewritten, kinds: set[str]) -> Step | None:
     return Step(states, lengths, checks, fed)
 
 
-def _is_new(out: Node) -> bool:
+def _is_new(out: Node, placeholders: Sequence[Node]) -> bool:
     """Whether an output is a tensor that does not lie in an input."""
-    return isinstance(example(out), Tensor) and memory_of(out).op != "placeholder"
+    return isinstance(example(out), Tensor) and not memory([out]) & memory(placeholders)
 
 
 def _is_unsafe(node: Node) -> bool:

@@ -17,8 +17,8 @@ from .. import compat
 from ..buffers import GivenBack, owns_storage
 from ..tensor import SEQ, KVTensor
 from .functional import swapped
-from .graph import CASTS, argument, example, is_call, is_getitem, same, shape
-from .masks import VIEWS, Grid, is_written, memory_of, read_value, writes_in_place
+from .graph import CASTS, argument, example, is_call, is_getitem, is_written, memory, same, shape, written
+from .masks import VIEWS, Grid, read_value
 from .sites import NotTaken
 
 if TYPE_CHECKING:
@@ -252,20 +252,19 @@ def counts(graph: Graph) -> dict[Node, tuple[Grid, Node]]:
     not counted the new tokens. With that placeholder."""
     found: dict[Node, tuple[Grid, Node]] = {}
     placeholders: dict[Node, Node] = {}
-    written: set[Node] = set()
+    changed: set[int] = set()
     for node in graph.nodes:
         if node.op == "placeholder" and shape(node) == () and _is_whole_numbers(node):
             placeholders[node] = node
         elif is_call(node, *CASTS) and node.args[0] in placeholders and _is_whole_numbers(node):
             placeholders[node] = placeholders[node.args[0]]
-        elif writes_in_place(node):
-            written.add(memory_of(node.args[0]))
         elif is_call(node, "add") and len(node.args) == 2:
             for count, other in (node.args, node.args[::-1]):
                 known = placeholders.get(count) if isinstance(count, Node) else None
-                grid = read_value(other, {}) if known is not None and memory_of(count) not in written else None
+                grid = read_value(other, {}) if known is not None and not memory([count]) & changed else None
                 if isinstance(grid, Grid) and isinstance(grid.offset, int):
                     found[node] = Grid(grid.dim, COUNT + grid.offset), known
+        changed |= memory(written(node))
     return found
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Interpreter
 
-from minikv_compile.passes.graph import argument
+from minikv_compile.passes.graph import argument, written
 from minikv_compile.passes.masks import read_mask, reduces_to_padding
 from minikv_compile.passes.sites import sites_in
 
@@ -203,6 +203,53 @@ def test_a_claim_is_what_the_mask_holds(build, queries, keys, dynamic):
         # Causality and one padding must be all there is: the newest query sees whatever is no padding.
         key, query = grids(queries, keys)
         assert torch.equal(mask.expand(full), (key <= query) & mask[:, :, -1:].expand(2, 1, 1, keys))
+
+
+@torch.library.custom_op("minikv_tests::hide", mutates_args=("mask",))
+def hide(other: torch.Tensor, mask: torch.Tensor) -> None:
+    mask.logical_and_(other)
+
+
+@torch.library.custom_op("minikv_tests::look", mutates_args=("other",))
+def look(other: torch.Tensor, mask: torch.Tensor) -> None:
+    other.logical_and_(mask)
+
+
+WRITES = {
+    "method": lambda mask, other: mask.logical_and_(other), "view": lambda mask, other: mask.mT.logical_and_(other.mT),
+    "item": lambda mask, other: mask.chunk(1)[0].logical_and_(other),
+    "list": lambda mask, other: torch._foreach_mul_([mask], [other]),
+    "out": lambda mask, other: torch.logical_and(mask, other, out=mask),
+    "operator": lambda mask, other: torch.ops.minikv_tests.hide(other, mask),
+    "inplace": lambda mask, other: F.relu(mask, inplace=True), "inplace, by its place": lambda mask, other: F.relu(mask, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["not", "operator that reads", *WRITES])
+def test_a_mask_that_is_written_after_it_was_made(how):
+    """However that is spelled, it is not what it was made as."""
+
+    def build(queries, keys, pad):
+        mask = causal_expanded(queries, keys, pad).contiguous()
+        other = pad[:, None, None, :].expand(mask.shape).contiguous()
+        if "inplace" in how:
+            mask = torch.where(mask, 0.0, -torch.inf)
+        if how == "operator that reads":
+            torch.ops.minikv_tests.look(other, mask)
+        elif how in WRITES:
+            WRITES[how](mask, other)
+        return mask
+
+    predicate, *_ = read(build, 9, 9, False)
+    assert (predicate is None) == (how in WRITES)
+
+
+def test_a_kernel_of_the_models_own_may_write_into_all_that_it_takes():
+    graph = torch.fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    mutation = torch.ops.higher_order.triton_kernel_wrapper_mutation
+    kernel = graph.call_function(mutation, (), {"kernel_idx": 0, "kwargs": {"X": x, "Y": y}})
+    assert written(kernel) == [x, y]
 
 
 @pytest.mark.parametrize("batch, tokens, padding", [(2, 12, 0), (2, 12, 5), (1, 12, 5), (2, 1, 0), (1, 1, 0)])
