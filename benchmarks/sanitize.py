@@ -147,6 +147,7 @@ LAUNCHES = {
     "compress values": partial(compress, 128, torch.bfloat16, "value", 64, True),
     "compress padded": partial(compress, 80, torch.float16, "value", 16, False),
     "compress fed back": partial(compress, 80, torch.bfloat16, "key", 64, True, fed=True),
+    "compress wide, fed back": partial(compress, 256, torch.bfloat16, "key", 64, True, fed=True),
     "scores": partial(scores, 128, torch.bfloat16, None),
     "scores wide": partial(scores, 128, torch.bfloat16, None, MANY_KEYS),
     "scores last": partial(scores, 80, torch.float16, 64),

@@ -15,13 +15,14 @@ import sympy
 import torch
 import torch._dynamo
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._dynamo import lookup_backend
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource, ConstantSource, LocalSource, TensorProperty, TensorPropertySource
 from torch._dynamo.symbolic_convert import tls
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
@@ -77,9 +78,9 @@ def settled(x: Any) -> Any:
     return x.node.shape_env.create_symintnode(x.node.expr, hint=x.node.hint)
 
 
-def is_dynamic(x: Tensor) -> bool:
-    """Whether a fake tensor has sizes or strides that are not the same for all inputs of its graph."""
-    return any(isinstance(size, torch.SymInt) for size in (*x.shape, *x.stride()))
+def symbols_in(sizes: Iterable[int | torch.SymInt]) -> set[Any]:
+    """What stands in sizes for what may change from call to call."""
+    return set().union(*(size.node.expr.free_symbols for size in sizes if isinstance(size, torch.SymInt)))
 
 
 def is_wrapper(x: Any) -> bool:
@@ -90,11 +91,24 @@ def is_wrapper(x: Any) -> bool:
 def storages_of(value: Any) -> set[int]:
     """What tensors, also fake ones, have in common that lie in the same memory: of those in `value`."""
     strided = (x for x in tree_leaves(value) if isinstance(x, Tensor) and not is_wrapper(x) and x.layout is torch.strided)
-    return {x.untyped_storage()._cdata for x in strided}
+    return {_without_vmap(x).untyped_storage()._cdata for x in strided}
+
+
+def _without_vmap(x: Tensor) -> Tensor:
+    """What `torch.func` has wrapped, which has a storage."""
+    while is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
+    return x
 
 
 def is_higher_order(target: Any) -> bool:
     return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def subgraph_of(node: Node) -> Graph | None:
+    """The graph that a higher-order operator takes as its argument `node`; None if that is something else."""
+    module = getattr(node.graph.owning_module, str(node.target), None) if node.op == "get_attr" else None
+    return module.graph if isinstance(module, GraphModule) else None
 
 
 def mutable_arguments(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -130,10 +144,13 @@ def abandon_capture(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
     one fails: until a capture has ended well."""
 
     def end_another() -> None:
-        another, x = torch.cuda.CUDAGraph(), torch.empty(1, device=device)  # now: not every allocator can in a capture
+        another, spare = torch.cuda.CUDAGraph(), []
+        with suppress(Exception):  # now: not every allocator can in a capture
+            spare.append(torch.empty(1, device=device))
         another.capture_begin(capture_error_mode="thread_local")
         try:
-            x.zero_()  # torch warns of an empty graph
+            for x in spare:  # torch warns of an empty graph
+                x.zero_()
         finally:
             another.capture_end()
 

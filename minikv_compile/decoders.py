@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from . import compat
@@ -186,7 +189,7 @@ class Fixed(Decoder):
         self.cache.reset()
 
     def prefill(self, row: int, ids: Tensor) -> None:
-        if self.row is not self.cache:  # else `begin` has emptied it
+        if self.row.layers[0].filled:  # not right after `begin`
             self.row.reset()
         compat.mark_dynamic(ids, 1)
         logits = self.read(ids, past_key_values=self.row, logits_to_keep=1, use_cache=True).logits
@@ -214,6 +217,9 @@ class Eager(Decoder):
     """transformers alone: SDPA, `DynamicCache`, no compilation."""
 
     captures = shared = False
+    attention = staticmethod(partial(sdpa_kernel, [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]))
+    """What a step attends with: anything but cuDNN, torch's own choice on an H200, which makes a plan for each new length of each
+    layer (43 ms, peers_8k.json)."""
 
     def __init__(self, model: Any, batch: int):
         super().__init__(model, batch)
@@ -242,7 +248,8 @@ class Eager(Decoder):
     def step(self) -> None:
         places = torch.full((1, 1), self.position, device=self.ids.device)  # a press leaves fewer tokens than there were
         self.position += 1
-        logits = self.model(self.ids, past_key_values=self.cache, position_ids=places).logits
+        with self.attention():
+            logits = self.model(self.ids, past_key_values=self.cache, position_ids=places).logits
         self.ids.copy_(logits.argmax(-1))
 
     def bytes(self) -> int:
@@ -293,6 +300,7 @@ class Dynamic(Whole):
 
     warm_up = TRIALS + 2
     """Until it has been captured, and replayed once."""
+    attention = staticmethod(nullcontext)
 
     def __init__(self, model: Any, config: MiniKVConfig, batch: int, inner: str):
         forward = type(model).forward.__get__(model)

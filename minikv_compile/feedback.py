@@ -39,7 +39,7 @@ def query_moments(q: Tensor, k: Tensor, order: Tensor | None, lengths: Tensor | 
     counts = [q.shape[2]] * q.shape[0] if lengths is None else lengths.tolist()
     moments = q.new_empty(q.shape[0], k.shape[1], q.shape[3], q.shape[3], dtype=torch.float32)
     for b, n in enumerate(counts):
-        x = q[b]
+        x = q[b, :, :n] if order is None else q[b]
         if order is not None or n > OBSERVED:
             places = torch.linspace(0, n - 1, min(n, OBSERVED), device=q.device).long()
             x = x.index_select(1, places if order is None else order[b].to(q.device)[places])
@@ -63,6 +63,7 @@ def feedback_factors(moments: Tensor, rotation: Tensor | None, balancer: Tensor 
     """
     moments = moments.to(torch.float64, copy=True)
     if balancer is not None:
+        balancer = balancer.double()
         moments /= balancer[..., :, None] * balancer[..., None, :]
     if rotation is not None:
         rotation = _in_fp64(rotation)

@@ -59,7 +59,7 @@ class Occupancy:
     @property
     def shared(self) -> bool:
         """Whether more than one living tensor looks into the storage."""
-        return sum(ref() is not None for ref in self._tensors) > 1
+        return len([ref for ref in self._tensors if ref() is not None]) > 1
 
 
 def read_states(states: list[Tensor]) -> list[list[list[int]]]:

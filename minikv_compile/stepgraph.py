@@ -35,22 +35,25 @@ class Layout:
     """May lie elsewhere in each call: they are copied."""
     held: tuple[int, ...]
     """The others."""
-    dynamic: tuple[int, ...]
-    """Those of them whose sizes or strides may change."""
+    sized: tuple[int, ...]
+    """Those of them whose sizes may change."""
+    strided: tuple[int, ...]
+    """Whose strides may, by more than the tensor's sizes say."""
 
     @classmethod
     def of(cls, step: Any, placeholders: Sequence[Any]) -> Layout:
         place = {node: i for i, node in enumerate(placeholders)}
         held = [node for node in placeholders if node is not step.lengths and node not in step.fed]
-        changing = [node for node in held if compat.is_dynamic(node.meta["example_value"])]
-        return cls(*(tuple(place[node] for node in nodes) for nodes in (step.states, step.fed, held, changing)))
+        symbols = [[compat.symbols_in(of(node.meta["example_value"])) for of in (Tensor.size, Tensor.stride)] for node in held]
+        sized = [node for node, (sizes, _) in zip(held, symbols, strict=True) if sizes]
+        strided = [node for node, (sizes, strides) in zip(held, symbols, strict=True) if strides - sizes]
+        return cls(*(tuple(place[node] for node in nodes) for nodes in (step.states, step.fed, held, sized, strided)))
 
     def now(self, inputs: Sequence[Tensor]) -> tuple[list, ...]:
         """What a captured step depends on, besides the values of its inputs."""
-        dynamic = [inputs[i] for i in self.dynamic]
         return (
-            [inputs[i].data_ptr() for i in self.held], [x.shape for x in dynamic], [x.stride() for x in dynamic],
-            [inputs[i].shape for i in self.fed],
+            [inputs[i].data_ptr() for i in self.held], [inputs[i].shape for i in self.sized],
+            [inputs[i].stride() for i in self.strided], [inputs[i].shape for i in self.fed],
         )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import inspect
 import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import lru_cache, partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -90,8 +91,8 @@ def written(node: Node) -> list[Node]:
     """The arguments that a call writes into: by its schema, `out=`, `inplace=`, or a name like "add_", "iadd" and "setitem"."""
     if node.op not in ("call_function", "call_method"):
         return []
-    if compat.is_higher_order(node.target):  # a Triton kernel of the model's own, among others
-        return node.all_input_nodes
+    if compat.is_higher_order(node.target):
+        return node.all_input_nodes if _may_write(node) else []
     into = [node.kwargs.get("out"), *compat.mutable_arguments(node.target, node.args, node.kwargs)]
     name = callee(node)
     if name == "setitem" or _is_in_place(name) or _asks_to_be_in_place(node):
@@ -102,9 +103,27 @@ def written(node: Node) -> list[Node]:
 
 
 def is_written(node: Node) -> bool:
-    """Whether the graph writes into `node`, or into a view of it, after it was made."""
+    """Whether the graph writes into `node`, or into a view of it, after it was made; or into another input in its memory."""
     own = memory([node])
-    return any(node in written(user) or (own & memory([user]) and is_written(user)) for user in node.users)
+    inputs = node.graph.find_nodes(op="placeholder") if node.op == "placeholder" else []
+    pending = [node, *(other for other in inputs if own & memory([other]))]
+    seen: set[Node] = set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if any(node in written(user) for user in node.users):
+            return True
+        pending.extend(user for user in node.users if own & memory([user]))
+    return False
+
+
+def _may_write(node: Node) -> bool:
+    """Whether a higher-order operator may write into what it takes: a Triton kernel of the model's own, or what has a call in
+    its subgraphs that writes into anything."""
+    inside = [compat.subgraph_of(each) for each in node.all_input_nodes]
+    return callee(node).startswith("triton_kernel") or any(written(each) for graph in inside if graph for each in graph.nodes)
 
 
 def _is_in_place(name: str) -> bool:
@@ -114,17 +133,14 @@ def _is_in_place(name: str) -> bool:
 
 
 def _asks_to_be_in_place(node: Node) -> Any:
-    place = _place_of_inplace(node.target) if node.op == "call_function" else None
+    place = _place_of_inplace(node.target) if isinstance(node.target, FunctionType) else None
     return node.kwargs.get("inplace", place is not None and len(node.args) > place and node.args[place])
 
 
 @lru_cache(maxsize=1024)
 def _place_of_inplace(target: Any) -> int | None:
     """Of `inplace` among the arguments of a function like `F.relu`."""
-    try:
-        names = list(inspect.signature(target).parameters)
-    except (TypeError, ValueError):  # written in C
-        return None
+    names = list(inspect.signature(target).parameters)
     return names.index("inplace") if "inplace" in names else None
 
 

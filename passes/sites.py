@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .graph import argument, callee, example, is_call, is_getitem, same, shape
+from .graph import argument, callee, example, is_call, is_getitem, is_written, same, shape
 from .unfused import Mask, NotUnderstood, find_softmax, read_unfused
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -75,7 +75,10 @@ def read_site(node: Node, layer: int) -> Site:
         raise NotTaken("a softmax over keys whose products with queries and values are not recognised")
     else:
         raise NotTaken(f"{callee(node)} is no scaled_dot_product_attention: load the model with attn_implementation='sdpa'")
+    repeated = site.key, site.value
     site = replace(site, key=without_repeats(site.key), value=without_repeats(site.value))
+    if any(is_written(node) for node in repeated if node not in (site.key, site.value)):
+        raise NotTaken("its keys or values are changed in place after their heads were repeated")
     _check_operands(site)
     return site
 

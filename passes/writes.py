@@ -257,7 +257,8 @@ def counts(graph: Graph) -> dict[Node, tuple[Grid, Node]]:
         if node.op == "placeholder" and shape(node) == () and _is_whole_numbers(node):
             placeholders[node] = node
         elif is_call(node, *CASTS) and node.args[0] in placeholders and _is_whole_numbers(node):
-            placeholders[node] = placeholders[node.args[0]]
+            if not memory(node.args[:1]) & changed:
+                placeholders[node] = placeholders[node.args[0]]
         elif is_call(node, "add") and len(node.args) == 2:
             for count, other in (node.args, node.args[::-1]):
                 known = placeholders.get(count) if isinstance(count, Node) else None

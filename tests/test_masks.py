@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Interpreter
 
-from minikv_compile.passes.graph import argument, written
+from minikv_compile.passes.graph import argument, is_written, written
 from minikv_compile.passes.masks import read_mask, reduces_to_padding
 from minikv_compile.passes.sites import sites_in
 
@@ -242,6 +242,40 @@ def test_a_mask_that_is_written_after_it_was_made(how):
 
     predicate, *_ = read(build, 9, 9, False)
     assert (predicate is None) == (how in WRITES)
+
+
+def by_vmap(queries, keys, pad):
+    query, key = torch.arange(queries), torch.arange(keys)
+    return torch.vmap(lambda q: torch.vmap(lambda k: k <= q)(key))(query)[None, None]
+
+
+def test_masks_by_vmap_are_not_understood():
+    """What is mapped over has no storage to ask for."""
+    assert read(by_vmap, 9, 9, False)[0] is None
+
+
+def test_an_input_in_the_memory_of_another():
+    def call(base, view, mask):
+        base.logical_and_(mask)
+        return view & mask[0]
+
+    base = torch.ones(4, 4, dtype=torch.bool)
+    module, _ = capture(call, base, base[0], base.clone())
+    assert [is_written(node) for node in module.graph.find_nodes(op="placeholder")] == [True, False, True]  # the mask is second
+
+
+def test_views_of_views_are_looked_at_once(monkeypatch):
+    def call(x):
+        a, b = x.view(4, 4), x.view(4, 4)
+        for _ in range(12):
+            a, b = b, b.expand_as(a)
+        return b + 1
+
+    module, _ = capture(call, torch.ones(4, 4))
+    looked = []
+    monkeypatch.setattr("minikv_compile.passes.graph.written", lambda node: looked.append(node) or written(node))
+    assert not is_written(module.graph.find_nodes(op="placeholder")[0])
+    assert len(looked) < 3 * len(module.graph.nodes)  # each is a user of two
 
 
 def test_a_kernel_of_the_models_own_may_write_into_all_that_it_takes():

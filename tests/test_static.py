@@ -552,6 +552,12 @@ def changed_afterwards(buffer, new, positions, start):
     return buffer
 
 
+def repeated_and_changed(model, q, k, v, positions, start):
+    k, v = k.repeat_interleave(HEADS // KV_HEADS, dim=1), v.repeat_interleave(HEADS // KV_HEADS, dim=1)
+    k.mul_(2)
+    return sdpa(q, k, v, model.triangle[positions])
+
+
 def first_channels(buffer, new, positions, start):
     buffer[:, :, positions, :DIM] = new
     return buffer[:, :, :, :DIM]
@@ -571,6 +577,7 @@ LEFT_ALONE = [
     (twice, triangle, "2 times"),
     (before, triangle, "not what the model keeps"),
     (changed_afterwards, triangle, "changed after they were written"),
+    (setitem, repeated_and_changed, "changed in place after their heads were repeated"),
     (first_channels, triangle, "indexed in other dimensions"),
 ]
 
@@ -587,6 +594,52 @@ def test_what_is_not_proved_is_left_alone(write, see, reason):
     same_tokens(actual, expected)
     assert all(kind not in ("prefill", "decode") and reason in kind for graph in kinds(backend) for kind in graph)
     assert all_dense(model), kinds(backend)
+
+
+class Counted(StaticDecoder):
+    """Counts its tokens itself, in int32: before they are placed, or after."""
+
+    def __init__(self, before):
+        super().__init__(index_copy, self.grid)
+        self.before = before
+        self.register_buffer("count", torch.zeros((), dtype=torch.int32))
+
+    @staticmethod
+    def grid(model, q, k, v, positions, start):
+        return sdpa(q, k, v, (torch.arange(ROOM, device=q.device) <= positions[:, None])[None, None])
+
+    def forward(self, ids, positions, start=0):
+        if self.before:
+            self.count.add_(ids.shape[1])
+        positions = self.count.to(torch.long) + torch.arange(ids.shape[1], device=ids.device)
+        out = super().forward(ids, positions)
+        if not self.before:
+            self.count.add_(ids.shape[1])
+        return out
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_count_that_has_changed_is_another(before):
+    """Also where it is cast, to memory of its own."""
+    model, backend = Counted(before), make_backend()
+    expected, actual = both(model, prompt(42), 40, backend=backend)
+    same_tokens(actual, expected)
+    assert all((kind in ("prefill", "decode")) != before for graph in kinds(backend) for kind in graph)
+
+
+class Conditional(StaticDecoder):
+    """Branches on its positions, as rotary embeddings do that change with the length."""
+
+    def forward(self, ids, positions, start=0):
+        scale = torch.cond(positions.max() > 1000, lambda x: x * 2.0, lambda x: x * 1.0, (positions,))
+        return super().forward(ids, positions, start) + 0 * scale[:, None]
+
+
+def test_what_a_branch_reads_is_not_written():
+    model, backend = Conditional(setitem, grid), make_backend(strict=True)
+    expected, actual = both(model, prompt(42), 40, backend=backend)
+    same_tokens(actual, expected)
+    assert kinds(backend) == [["prefill"] * LAYERS, ["decode"] * LAYERS] and all_given_back(model)
 
 
 def test_padding(each_device):

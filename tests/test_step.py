@@ -348,7 +348,8 @@ def test_what_the_graph_takes():
         steps(model, cache, prompt(2))
     ((_, layout),) = taken
     assert len(layout.states) == 2 and len(layout.fed) == 1  # a state for each layer; the token
-    assert len(layout.dynamic) == 16 and not {*layout.fed} & {*layout.held}
+    assert not layout.strided and not {*layout.fed} & {*layout.held}
+    assert len(layout.sized) == 16  # tiers and dense regions, of keys and values
     assert isinstance(cache.layers[0].keys, KVTensor)
 
 
