@@ -14,7 +14,7 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- by benchmarks/readme.py: -->\n", "<!-- end -->\n"
 FILES = (
     *("one_row.json", "end_to_end.json", "prompts.json", "prompts_default.json", "short.json", "dynamic.json"),
-    *("peers.json", "peers_8k.json", "peers_small_8k.json", "kvpress.json"),
+    *("peers.json", "peers_8k.json", "quanto_8k.json", "peers_small_8k.json", "kvpress.json"),
 )
 DENSE = "dense"
 
@@ -115,7 +115,7 @@ def cpu_table(found: dict[str, Any]) -> str:
 def section(results: Path = RESULTS) -> str:
     """What stands between the markers."""
     tables: dict[str, Callable] = {file: partial(table, file) for file in FILES}
-    tables |= {file: partial(capacity_table, file) for file in ("capacity.json", "capacity_prompt.json")}
+    tables |= {file: partial(capacity_table, file) for file in ("capacity.json", "capacity_prompt.json", "capacity_minikv.json")}
     tables |= {file: partial(long_table, file) for file in ("long.json", "long_dynamic.json")}
     tables["cpu.json"] = cpu_table
     parts = [
