@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import lru_cache, partial
 from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -104,10 +106,8 @@ def written(node: Node) -> list[Node]:
 
 def is_written(node: Node) -> bool:
     """Whether the graph writes into `node`, or into a view of it, after it was made; or into another input in its memory."""
-    own = memory([node])
-    inputs = node.graph.find_nodes(op="placeholder") if node.op == "placeholder" else []
-    pending = [node, *(other for other in inputs if own & memory([other]))]
-    seen: set[Node] = set()
+    own, seen = memory([node]), set()
+    pending = [node, *_inputs_beside(node)]
     while pending:
         node = pending.pop()
         if node in seen:
@@ -117,6 +117,24 @@ def is_written(node: Node) -> bool:
             return True
         pending.extend(user for user in node.users if own & memory([user]))
     return False
+
+
+_beside: WeakKeyDictionary[Graph, dict[str, list[str]]] = WeakKeyDictionary()
+"""Of a graph, when it was first asked for: inputs that lie in the memory of others, and those; by name, to keep no graph alive."""
+
+
+def _inputs_beside(node: Node) -> list[Node]:
+    """The other inputs that lie in the memory of an input."""
+    if node.op != "placeholder":
+        return []
+    if node.graph not in _beside:
+        in_memory: dict[int, list[str]] = defaultdict(list)
+        for each in node.graph.find_nodes(op="placeholder"):
+            for storage in memory([each]):
+                in_memory[storage].append(each.name)
+        _beside[node.graph] = {name: names for names in in_memory.values() if len(names) > 1 for name in names}
+    names = _beside[node.graph].get(node.name, [])
+    return [each for each in node.graph.find_nodes(op="placeholder") if each.name in names] if names else []
 
 
 def _may_write(node: Node) -> bool:

@@ -252,11 +252,17 @@ def counts(graph: Graph) -> dict[Node, tuple[Grid, Node]]:
     not counted the new tokens. With that placeholder."""
     found: dict[Node, tuple[Grid, Node]] = {}
     placeholders: dict[Node, Node] = {}
+    near: set[Node] = set()  # those, and what may lie in their memory
     changed: set[int] = set()
     for node in graph.nodes:
-        if node.op == "placeholder" and shape(node) == () and _is_whole_numbers(node):
-            placeholders[node] = node
-        elif is_call(node, *CASTS) and node.args[0] in placeholders and _is_whole_numbers(node):
+        if node.op == "placeholder":
+            if shape(node) == () and _is_whole_numbers(node):
+                placeholders[node] = node
+                near.add(node)
+            continue
+        if near.isdisjoint(node.all_input_nodes):
+            continue
+        if is_call(node, *CASTS) and node.args[0] in placeholders and _is_whole_numbers(node):
             if not memory(node.args[:1]) & changed:
                 placeholders[node] = placeholders[node.args[0]]
         elif is_call(node, "add") and len(node.args) == 2:
@@ -266,6 +272,8 @@ def counts(graph: Graph) -> dict[Node, tuple[Grid, Node]]:
                 if isinstance(grid, Grid) and isinstance(grid.offset, int):
                     found[node] = Grid(grid.dim, COUNT + grid.offset), known
         changed |= memory(written(node))
+        if memory([node]) & memory(near) or node in placeholders:
+            near.add(node)
     return found
 
 
