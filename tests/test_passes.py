@@ -156,6 +156,12 @@ def shared_by_two_calls(q, k, v, past):
     return causal(q, k, v, past) + causal(q.flip(1), k, v, past)
 
 
+def repeats_changed_in_place(q, k, v, past):
+    k, v = (x.repeat_interleave(RATIO, 1) for x in (k, v))
+    k.mul_(2)
+    return sdpa(q, k, v, is_causal=not past)
+
+
 def keys_read_elsewhere(q, k, v, past):
     return causal(q, k, v, past) + k.mean((1, 2), keepdim=True)
 
@@ -174,6 +180,7 @@ LEFT = {
     causal_from_the_first_key: ["prefill", "oldest keys only"],
     tiled_heads: ["", ""],
     mask_edited_in_place: ["mask", "cache is dense"],
+    repeats_changed_in_place: ["changed in place", "changed in place"],
     bias_at_decode: ["prefill", "mask"],
     window_at_decode: ["prefill", "mask"],
     sliding_at_decode: ["prefill", "sliding window"],
