@@ -78,9 +78,11 @@ def settled(x: Any) -> Any:
     return x.node.shape_env.create_symintnode(x.node.expr, hint=x.node.hint)
 
 
-def symbols_in(sizes: Iterable[int | torch.SymInt]) -> set[Any]:
-    """What stands in sizes for what may change from call to call."""
-    return set().union(*(size.node.expr.free_symbols for size in sizes if isinstance(size, torch.SymInt)))
+def changing(x: Tensor) -> tuple[bool, bool]:
+    """Whether sizes of a fake tensor may change from call to call; and whether its strides may, by more than its sizes say."""
+    sizes, strides = ({n.node.expr for n in numbers if isinstance(n, torch.SymInt)} for numbers in (x.shape, x.stride()))
+    in_sizes, in_strides = (set().union(*(each.free_symbols for each in found)) for found in (sizes, strides))
+    return bool(in_sizes), bool(in_strides - sizes)
 
 
 def is_wrapper(x: Any) -> bool:

@@ -44,9 +44,8 @@ class Layout:
     def of(cls, step: Any, placeholders: Sequence[Any]) -> Layout:
         place = {node: i for i, node in enumerate(placeholders)}
         held = [node for node in placeholders if node is not step.lengths and node not in step.fed]
-        symbols = [[compat.symbols_in(of(node.meta["example_value"])) for of in (Tensor.size, Tensor.stride)] for node in held]
-        sized = [node for node, (sizes, _) in zip(held, symbols, strict=True) if sizes]
-        strided = [node for node, (sizes, strides) in zip(held, symbols, strict=True) if strides - sizes]
+        changing = {node: compat.changing(node.meta["example_value"]) for node in held}
+        sized, strided = ([node for node in held if changing[node][what]] for what in (0, 1))
         return cls(*(tuple(place[node] for node in nodes) for nodes in (step.states, step.fed, held, sized, strided)))
 
     def now(self, inputs: Sequence[Tensor]) -> tuple[list, ...]:

@@ -138,10 +138,10 @@ def _inputs_beside(node: Node) -> list[Node]:
 
 
 def _may_write(node: Node) -> bool:
-    """Whether a higher-order operator may write into what it takes: a Triton kernel of the model's own, or what has a call in
-    its subgraphs that writes into anything."""
-    inside = [compat.subgraph_of(each) for each in node.all_input_nodes]
-    return callee(node).startswith("triton_kernel") or any(written(each) for graph in inside if graph for each in graph.nodes)
+    """Whether a higher-order operator may write into what it takes: unless it has subgraphs, none of which has a call that writes.
+    (A Triton kernel of the model's own has none.)"""
+    inside = [graph for each in node.all_input_nodes if (graph := compat.subgraph_of(each))]
+    return not inside or any(written(each) for graph in inside for each in graph.nodes)
 
 
 def _is_in_place(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,10 +76,10 @@ def read_site(node: Node, layer: int) -> Site:
         raise NotTaken("a softmax over keys whose products with queries and values are not recognised")
     else:
         raise NotTaken(f"{callee(node)} is no scaled_dot_product_attention: load the model with attn_implementation='sdpa'")
-    repeated = site.key, site.value
-    site = replace(site, key=without_repeats(site.key), value=without_repeats(site.value))
-    if any(is_written(node) for node in repeated if node not in (site.key, site.value)):
+    found = [(operand, without_repeats(operand)) for operand in (site.key, site.value)]
+    if any(is_written(node) for operand, source in found for node in _down_to(source, operand)):
         raise NotTaken("its keys or values are changed in place after their heads were repeated")
+    site = replace(site, key=found[0][1], value=found[1][1])
     _check_operands(site)
     return site
 
@@ -142,6 +143,13 @@ def without_repeats(node: Node) -> Node:
             if len(expanded) == 5 and same(expanded[1], heads) and same(after[1], heads * expanded[2]):
                 return source
     return node
+
+
+def _down_to(source: Node, node: Node) -> Iterator[Node]:
+    """What `without_repeats` looks through."""
+    while node is not source:
+        yield node
+        node = node.args[0]
 
 
 def _adds_dim_2(node: Node) -> bool:

@@ -251,15 +251,14 @@ def counts(graph: Graph) -> dict[Node, tuple[Grid, Node]]:
     """Sums of a count of tokens, a placeholder [] of whole numbers, and numbers that are known: as long as the graph has
     not counted the new tokens. With that placeholder."""
     found: dict[Node, tuple[Grid, Node]] = {}
-    placeholders: dict[Node, Node] = {}
-    near: set[Node] = set()  # those, and what may lie in their memory
+    inputs = graph.find_nodes(op="placeholder")
+    placeholders = {node: node for node in inputs if shape(node) == () and _is_whole_numbers(node)}
+    if not placeholders:
+        return found
+    counted = memory(placeholders)
+    near = {node for node in inputs if memory([node]) & counted}  # what counts can be changed through
     changed: set[int] = set()
     for node in graph.nodes:
-        if node.op == "placeholder":
-            if shape(node) == () and _is_whole_numbers(node):
-                placeholders[node] = node
-                near.add(node)
-            continue
         if near.isdisjoint(node.all_input_nodes):
             continue
         if is_call(node, *CASTS) and node.args[0] in placeholders and _is_whole_numbers(node):
@@ -272,7 +271,7 @@ def counts(graph: Graph) -> dict[Node, tuple[Grid, Node]]:
                 if isinstance(grid, Grid) and isinstance(grid.offset, int):
                     found[node] = Grid(grid.dim, COUNT + grid.offset), known
         changed |= memory(written(node))
-        if memory([node]) & memory(near) or node in placeholders:
+        if memory([node]) & counted or node in placeholders:
             near.add(node)
     return found
 

@@ -6,6 +6,7 @@ import gc
 import logging
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -351,6 +352,16 @@ def test_what_the_graph_takes():
     assert not layout.strided and not {*layout.fed} & {*layout.held}
     assert len(layout.sized) == 16  # tiers and dense regions, of keys and values
     assert isinstance(cache.layers[0].keys, KVTensor)
+
+
+def test_strides_that_sizes_do_not_tell():
+    seen = []
+    x = torch.randn(9, 11)
+    torch.compile(lambda x: x + 1, backend=lambda module, inputs: seen.append(module) or module, dynamic=True)(x[:, :5])
+    [node] = [node for node in seen[0].graph.find_nodes(op="placeholder") if isinstance(node.meta["example_value"], torch.Tensor)]
+    layout = stepgraph.Layout.of(SimpleNamespace(states=(), fed=(), lengths=None), [node])
+    assert layout.held == layout.sized == layout.strided == (0,)
+    assert layout.now([x[:, :5]]) != layout.now([x.flatten()[:45].view(9, 5)])
 
 
 @torch.no_grad()
