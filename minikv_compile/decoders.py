@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -39,7 +40,7 @@ def captured(step: Callable[[], None], device: torch.device) -> Callable[[], Non
     return graph.replay
 
 
-class Decoder:
+class Decoder(ABC):
     """A model and a cache for prompts of up to `capacity - room` tokens in `batch` rows."""
 
     whole = False
@@ -57,27 +58,27 @@ class Decoder:
         self.model, self.batch = model, batch
         self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
 
-    def begin(self, length: int) -> None:
+    def begin(self, length: int) -> None:  # noqa: B027 (not every decoder has to)
         """Forget the tokens; prompts of `length` tokens follow."""
 
+    @abstractmethod
     def prefill(self, row: int, ids: Tensor) -> None:
         """Read the prompt [rows, tokens] of the rows from `row` on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def copy_row(self, source: int, row: int) -> None:
         """Let a row be what another one is, which has been read."""
-        raise NotImplementedError
 
-    def ready(self, last: bool) -> None:
+    def ready(self, last: bool) -> None:  # noqa: B027 (nor this)
         """All rows have been read; `last`: of the last prompts."""
 
+    @abstractmethod
     def step(self) -> None:
         """Decode one token of each row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def bytes(self) -> int:
         """Bytes of the cache's storages."""
-        raise NotImplementedError
 
 
 class Dense(Decoder):
@@ -273,8 +274,9 @@ class Whole(Eager):
 
     whole = True
 
+    @abstractmethod
     def make_cache(self) -> Any:
-        raise NotImplementedError
+        """An empty cache of its kind."""
 
     def prefill(self, row: int, ids: Tensor) -> None:
         self.cache = self.make_cache()

@@ -107,7 +107,7 @@ def written(node: Node) -> list[Node]:
 def is_written(node: Node) -> bool:
     """Whether the graph writes into `node`, or into a view of it, after it was made; or into another input in its memory."""
     own, seen = memory([node]), set()
-    pending = [node, *_inputs_beside(node)]
+    pending = [node, *inputs_beside(node)]
     while pending:
         node = pending.pop()
         if node in seen:
@@ -123,7 +123,7 @@ _beside: WeakKeyDictionary[Graph, dict[str, list[str]]] = WeakKeyDictionary()
 """Of a graph, when it was first asked for: inputs that lie in the memory of others, and those; by name, to keep no graph alive."""
 
 
-def _inputs_beside(node: Node) -> list[Node]:
+def inputs_beside(node: Node) -> list[Node]:
     """The other inputs that lie in the memory of an input."""
     if node.op != "placeholder":
         return []

@@ -17,7 +17,19 @@ from .. import compat
 from ..buffers import GivenBack, owns_storage
 from ..tensor import SEQ, KVTensor
 from .functional import swapped
-from .graph import CASTS, argument, example, is_call, is_getitem, is_written, memory, same, shape, written
+from .graph import (
+    CASTS,
+    argument,
+    example,
+    inputs_beside,
+    is_call,
+    is_getitem,
+    is_written,
+    memory,
+    same,
+    shape,
+    written,
+)
 from .masks import VIEWS, Grid, read_value
 from .sites import NotTaken
 
@@ -253,10 +265,8 @@ def counts(graph: Graph) -> dict[Node, tuple[Grid, Node]]:
     found: dict[Node, tuple[Grid, Node]] = {}
     inputs = graph.find_nodes(op="placeholder")
     placeholders = {node: node for node in inputs if shape(node) == () and _is_whole_numbers(node)}
-    if not placeholders:
-        return found
     counted = memory(placeholders)
-    near = {node for node in inputs if memory([node]) & counted}  # what counts can be changed through
+    near = {*placeholders, *(other for node in placeholders for other in inputs_beside(node))}  # what counts can be changed through
     changed: set[int] = set()
     for node in graph.nodes:
         if near.isdisjoint(node.all_input_nodes):
