@@ -80,6 +80,7 @@ class MiniKVBackend:
         else:  # one CUDA graph, in the place of those that `mode` may ask for
             inner = compat.inner_compiler(self.inner, mode, {**(options or {}), "triton.cudagraphs": False})
             boundary.compiled = StepGraph(inner(rewritten.module, inputs), boundary.step)
+        compat.leave_unguarded(node for node in originals if isinstance(example(node), KVTensor))
         if self.records:
             places = [i for i, x in enumerate(example_inputs) if isinstance(x, torch.nn.Parameter)]
             if places:

@@ -18,9 +18,17 @@ from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._dynamo import lookup_backend
 from torch._dynamo.guards import GuardBuilder, install_guard
-from torch._dynamo.source import AttrSource, ConstantSource, LocalSource, TensorProperty, TensorPropertySource
+from torch._dynamo.source import (
+    AttrSource,
+    ConstantSource,
+    LocalSource,
+    SubclassAttrListSource,
+    TensorProperty,
+    TensorPropertySource,
+)  # fmt: skip
 from torch._dynamo.symbolic_convert import tls
 from torch._dynamo.utils import counters
+from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size
@@ -262,6 +270,41 @@ def only_for(node: Node | None = None) -> None:
     the one that it is now: Dynamo takes the graph of one module for another one whose shapes are alike."""
     source = LocalSource("self", is_input=True) if node is None else node._dynamo_source
     install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def leave_unguarded(nodes: Iterable[Node]) -> None:
+    """Take back what Dynamo guards on of the tensors inside the `KVTensor`s of these placeholders, where their outer sizes and
+    their contexts say as much: in a step of 32 layers there are 448, whose guards take a quarter of the host's time."""
+    context = TracingContext.try_get()
+    if context is None:
+        return
+    shape_env = context.fake_mode.shape_env
+    asked = set().union(*(guard.expr.free_symbols for guard in shape_env.guards))
+    inner = set()
+    for node in nodes:
+        kv, source = node.meta["example_value"], node._dynamo_source
+        if kv.context["regular"] and _is_free(kv, asked):
+            inner |= {AttrSource(source, name) for name in kv.tensors()} | {SubclassAttrListSource(source)}
+            kv.unguarded()
+    guards = context.guards_context.dynamo_guards
+    kept = type(guards.inner)(guard for guard in guards.inner if guard.originating_source not in inner)
+    context.guards_context.dynamo_guards = type(guards)(kept)
+    shape_env.tracked_fakes[:] = [fake for fake in shape_env.tracked_fakes if fake.source not in inner]
+
+
+def _is_free(kv: Tensor, asked: set[sympy.Symbol]) -> bool:
+    """Whether of the tensors inside a fake `KVTensor` a graph takes for constant what its context says to be, and has `asked`
+    nothing of the sizes that change."""
+    growing, batches, others = kv.sizes_inside()
+    return (
+        all(_symbols(size) and not _symbols(size) & asked for size in growing)
+        and all(_symbols(size) == _symbols(kv.shape[0]) for size in batches) and not any(map(_symbols, others))
+    )  # fmt: skip
+
+
+def _symbols(size: Any) -> set[sympy.Symbol]:
+    """Of what a size was before a guard found it equal to something."""
+    return size.node._expr.free_symbols if isinstance(size, torch.SymInt) else set()
 
 
 def ends_in_break(module: GraphModule) -> bool:

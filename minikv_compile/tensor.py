@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +74,7 @@ class KVTensor(DenseOnUse):
             setattr(self, name, tensors.get(name))
         self._names = [name for name in names if tensors.get(name) is not None]
         self.config, self.role = config, role
+        self._context: dict[str, Any] | None = None
         self._occupancy = occupancy
         if occupancy is not None:
             occupancy.add(self)
@@ -85,12 +87,36 @@ class KVTensor(DenseOnUse):
         return {name: held[name] for name in self._names}
 
     def __tensor_flatten__(self):
-        # The context is a guard: it holds constants only. The length is the outer size.
-        return list(self._names), {"config": self.config, "role": self.role}
+        return list(self._names), self.context
 
     @classmethod
     def __tensor_unflatten__(cls, tensors, context, outer_size, outer_stride):
-        return cls(tensors, context["config"], context["role"], outer_size[cls.seq])
+        kv = cls(tensors, context["config"], context["role"], outer_size[cls.seq])
+        kv._context = context
+        return kv
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """What Dynamo guards on, beside shape, dtype and device: constants that say all of the tensors held but how large they have
+        grown, if they are regular: contiguous, of no size that a graph would take for a constant."""
+        if self._context is None:
+            tensors = self.tensors()
+            regular = all(x.is_contiguous() for x in tensors.values()) and all(
+                tensors[name].shape[SEQ] >= ops.MIN_BLOCKS for name in self._growing
+            )
+            names = tuple(self._names)
+            self._context = {"config": self.config, "role": self.role, "names": names, "regular": regular}
+        return self._context
+
+    def sizes_inside(self) -> tuple[list[Any], list[Any], list[Any]]:
+        """Sizes of the tensors held: those that grow, those that are the batch, and all others."""
+        held, growing = self.tensors(), {(name, SEQ) for name in self._growing}
+        others = [size for name, x in held.items() for dim, size in enumerate(x.shape) if dim and (name, dim) not in growing]
+        return [held[name].shape[dim] for name, dim in growing], [x.shape[0] for x in held.values()], others
+
+    def unguarded(self) -> None:
+        """Let Dynamo, whose fake tensor this is, look at the outer sizes and the context alone."""
+        self._names = []
 
     def __reduce_ex__(self, protocol):
         return _rebuild, (self.tensors(), self.config.to_json(), self.role, self.length, FORMAT, self.seq)
@@ -118,10 +144,15 @@ class KVTensor(DenseOnUse):
     def mark_dynamic(self) -> KVTensor:
         """Tell Dynamo which sizes change from call to call, so that none is specialised."""
         compat.mark_dynamic(self, self.seq)
-        for name, tensor in self.tensors().items():
-            if name not in ("state", "balancer") and (name != "important" or self.config.counts_vary):
-                compat.mark_dynamic(tensor, SEQ)
+        for name in self._growing:
+            compat.mark_dynamic(getattr(self, name), SEQ)
         return self
+
+    @property
+    def _growing(self) -> list[str]:
+        """Names of the tensors whose size at `SEQ` changes from call to call, or from prompt to prompt."""
+        fixed = {"state", "balancer"} if self.config.counts_vary else {"state", "balancer", "important"}
+        return [name for name in self._names if name not in fixed]
 
     # ---- what is stored
 
