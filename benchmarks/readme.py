@@ -14,7 +14,7 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- by benchmarks/readme.py: -->\n", "<!-- end -->\n"
 FILES = (
     *("one_row.json", "end_to_end.json", "prompts.json", "prompts_default.json", "short.json", "dynamic.json"),
-    *("peers.json", "peers_8k.json", "quanto_8k.json", "peers_small_8k.json", "kvpress.json"),
+    *("peers.json", "peers_8k.json", "peers_small_8k.json"),
 )
 DENSE = "dense"
 

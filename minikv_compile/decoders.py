@@ -219,8 +219,8 @@ class Eager(Decoder):
 
     captures = shared = False
     attention = staticmethod(partial(sdpa_kernel, [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]))
-    """What a step attends with: anything but cuDNN, torch's own choice on an H200, which makes a plan for each new length (43 ms,
-    as far as steps of kvpress-pyramidkv tell, whose layers all differ: peers_8k.json)."""
+    """What a step attends with: anything but cuDNN, torch's own choice on an H200, which makes a plan for each new length: in some
+    43 ms, for a layer each where layers differ (`benchmarks/results/peers_8k.json` of commit 5c036b3)."""
 
     def __init__(self, model: Any, batch: int):
         super().__init__(model, batch)
