@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -170,10 +171,19 @@ def launch() -> None:
     print("launched")
 
 
+def output_of(run: subprocess.Popen, seconds: float) -> str:
+    """What a process of a session of its own prints; it is ended after so long, with those that it began."""
+    try:
+        return run.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)
+        return run.communicate()[0] + f"\nnot done in {seconds:.0f} s"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--launch", action="store_true", help="only launch the kernels, for a checker outside")
-    parser.add_argument("--timeout", type=float, default=60, help="seconds for each tool")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for all tools, which run at once")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
@@ -187,17 +197,13 @@ def main() -> None:
     runs = {
         tool: subprocess.Popen(
             [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--launch"],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )
         for tool in TOOLS
     }  # fmt: skip
     failed, start = False, time.perf_counter()
     for tool, run in runs.items():
-        try:
-            output, _ = run.communicate(timeout=max(1.0, args.timeout - (time.perf_counter() - start)))
-        except subprocess.TimeoutExpired:
-            run.kill()
-            output = run.communicate()[0] + f"\nnot done in {args.timeout:.0f} s"
+        output = output_of(run, max(1.0, args.timeout - (time.perf_counter() - start)))
         failed |= run.returncode != 0
         words = ("=========", "launched", "not done")
         lines = [line for line in output.splitlines() if line.startswith(words)]

@@ -2,6 +2,7 @@
 `benchmarks/sanitize.py` has compute-sanitizer watch on a GPU."""
 
 import gc
+import subprocess
 import sys
 from pathlib import Path
 
@@ -82,3 +83,11 @@ def test_the_watch_sees_an_address_past_the_end(monkeypatch):
     watch.allow = short
     with pytest.raises(InterpreterError, match="outside of all arguments"):
         sanitize.highest_triton(x, 100)
+
+
+def test_a_checker_that_takes_too_long_is_ended_with_what_it_began():
+    """compute-sanitizer runs Python as its child, which holds the pipe open."""
+    command = ["sh", "-c", "echo begun; sleep 60 & wait"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert sanitize.output_of(run, 1.0) == "begun\n\nnot done in 1 s"
+    assert run.returncode < 0
