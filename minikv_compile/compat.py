@@ -35,6 +35,9 @@ from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+INT32 = 2**31 - 1
+"""The most elements of a tensor whose places a kernel can count in 32 bits."""
+
 disabled_torch_function = torch._C._disabled_torch_function_impl
 """For `__torch_function__`: rules live in `__torch_dispatch__` alone, so that Dynamo sees an ordinary tensor."""
 
@@ -274,32 +277,42 @@ def only_for(node: Node | None = None) -> None:
 
 def leave_unguarded(nodes: Iterable[Node]) -> None:
     """Take back what Dynamo guards on of the tensors inside the `KVTensor`s of these placeholders, where their outer sizes and
-    their contexts say as much: in a step of 32 layers there are 448, whose guards take a quarter of the host's time."""
+    their contexts say as much: in a step of 32 layers there are 448, and they took a quarter of the host's time. After all else
+    that compiles the graph: guards of its own count. (Where attention is in the graph, on a CPU, it asks about all of them.)"""
     context = TracingContext.try_get()
     if context is None:
         return
-    shape_env = context.fake_mode.shape_env
-    asked = set().union(*(guard.expr.free_symbols for guard in shape_env.guards))
-    inner = set()
+    shape_env, sources, said = context.fake_mode.shape_env, set(), set()
     for node in nodes:
         kv, source = node.meta["example_value"], node._dynamo_source
+        known = {fits for x in kv.tensors().values() for fits in _fits_int32(x)}
+        asked = set().union(*(guard.expr.free_symbols for guard in shape_env.guards if guard.expr not in known))
         if kv.context["regular"] and _is_free(kv, asked):
-            inner |= {AttrSource(source, name) for name in kv.tensors()} | {SubclassAttrListSource(source)}
-            kv.unguarded()
+            sources |= {AttrSource(source, name) for name in kv.tensors()} | {SubclassAttrListSource(source)}
+            said |= known
+            kv.hide()
     guards = context.guards_context.dynamo_guards
-    kept = type(guards.inner)(guard for guard in guards.inner if guard.originating_source not in inner)
+    kept = type(guards.inner)(guard for guard in guards.inner if guard.originating_source not in sources)
     context.guards_context.dynamo_guards = type(guards)(kept)
-    shape_env.tracked_fakes[:] = [fake for fake in shape_env.tracked_fakes if fake.source not in inner]
+    shape_env.guards[:] = [guard for guard in shape_env.guards if guard.expr not in said]
+    shape_env.tracked_fakes[:] = [fake for fake in shape_env.tracked_fakes if fake.source not in sources]
 
 
 def _is_free(kv: Tensor, asked: set[sympy.Symbol]) -> bool:
-    """Whether of the tensors inside a fake `KVTensor` a graph takes for constant what its context says to be, and has `asked`
-    nothing of the sizes that change."""
+    """Whether a graph assumes nothing of the tensors inside a fake `KVTensor` that its context does not say: sizes that grow have
+    symbols that no other guard has `asked` about, the batch is the outer one, and the others are constant."""
     growing, batches, others = kv.sizes_inside()
     return (
         all(_symbols(size) and not _symbols(size) & asked for size in growing)
         and all(_symbols(size) == _symbols(kv.shape[0]) for size in batches) and not any(map(_symbols, others))
     )  # fmt: skip
+
+
+def _fits_int32(x: Tensor) -> tuple[Any, ...]:
+    """How Inductor's guard says that `x` has elements to count in 32 bits."""
+    count = x.numel()
+    elements = count.node.expr if isinstance(count, torch.SymInt) else sympy.Integer(count)
+    return sympy.Le(elements, INT32), sympy.Lt(elements, INT32 + 1)
 
 
 def _symbols(size: Any) -> set[sympy.Symbol]:

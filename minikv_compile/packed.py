@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torchao.utils import TorchAOBaseTensor
 
 from . import compat
@@ -20,13 +20,20 @@ class DenseOnUse(TorchAOBaseTensor):
     @torch.compiler.disable  # a frame that runs eagerly after a graph break may come here
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func._schema.is_mutable and any(isinstance(arg, DenseOnUse) for arg in args[:1]):
-            raise cls._read_only(func)
+        if func._schema.is_mutable:
+            if any(isinstance(x, DenseOnUse) for x in tree_leaves(compat.mutable_arguments(func, args, kwargs))):
+                raise cls._read_only(func)
+            return cls._on_dense(func, args, kwargs)
+        result = func.decompose(*args, **kwargs)  # inference mode passes on whole what other modes have taken apart
+        if result is not NotImplemented:
+            return result
         rule = cls._ATEN_OP_TABLE[cls].get(func)
-        if rule is not None:
-            result = rule(func, types, args, kwargs)
-            if result is not NotImplemented:
-                return result
+        with compat.outside_inference_mode():  # torch would refuse what is new in it as a view
+            result = NotImplemented if rule is None else rule(func, types, args, kwargs)
+            return cls._on_dense(func, args, kwargs) if result is NotImplemented else result
+
+    @staticmethod
+    def _on_dense(func, args, kwargs):
         args, kwargs = tree_map_only(DenseOnUse, lambda t: t.as_operand(func), (args, kwargs))
         return func(*args, **kwargs)
 

@@ -97,13 +97,14 @@ class KVTensor(DenseOnUse):
 
     @property
     def context(self) -> dict[str, Any]:
-        """What Dynamo guards on, beside shape, dtype and device: constants that say all of the tensors held but how large they have
-        grown, if they are regular: contiguous, of no size that a graph would take for a constant."""
+        """What Dynamo guards on, beside shape, dtype and device: constants that say all that a graph assumes of the tensors held,
+        if they are regular: strides as of a new tensor, elements that 32 bits can count, and no growing size that it would take for
+        a constant."""
         if self._context is None:
             tensors = self.tensors()
-            regular = all(x.is_contiguous() for x in tensors.values()) and all(
-                tensors[name].shape[SEQ] >= ops.MIN_BLOCKS for name in self._growing
-            )
+            regular = all(
+                x.stride() == x.new_empty(x.shape, device="meta").stride() and x.numel() <= compat.INT32 for x in tensors.values()
+            ) and all(tensors[name].shape[SEQ] >= ops.MIN_BLOCKS for name in self._growing)
             names = tuple(self._names)
             self._context = {"config": self.config, "role": self.role, "names": names, "regular": regular}
         return self._context
@@ -114,8 +115,8 @@ class KVTensor(DenseOnUse):
         others = [size for name, x in held.items() for dim, size in enumerate(x.shape) if dim and (name, dim) not in growing]
         return [held[name].shape[dim] for name, dim in growing], [x.shape[0] for x in held.values()], others
 
-    def unguarded(self) -> None:
-        """Let Dynamo, whose fake tensor this is, look at the outer sizes and the context alone."""
+    def hide(self) -> None:
+        """Show Dynamo, whose fake tensor this is, none of the tensors held any more, only the outer sizes and the context."""
         self._names = []
 
     def __reduce_ex__(self, protocol):
@@ -253,8 +254,12 @@ class KVTensor(DenseOnUse):
         needed = max(known + new for known, new in zip(self.occupancy.blocks, blocks, strict=True))
         for name in ("codes", "scale", "zero"):
             if needed > getattr(self, name).shape[SEQ]:
-                setattr(self, name, _resized(getattr(self, name), needed + needed // 64))
+                self._resize(name, needed + needed // 64)
         return blocks
+
+    def _resize(self, name: str, size: int) -> None:
+        setattr(self, name, _resized(getattr(self, name), size))
+        self._context = None
 
     def _count_flushed(self, blocks: list[int]) -> None:
         """Know of a flush that has been launched."""
@@ -274,7 +279,7 @@ class KVTensor(DenseOnUse):
         capacity = dense_capacity(self.config, used, pinned)
         self.occupancy.oversized = self.config.bits < 16 and capacity > dense_capacity(self.config, 0, pinned)
         if capacity != self.dense.shape[SEQ]:
-            self.dense = _resized(self.dense, capacity)
+            self._resize("dense", capacity)
         self.occupancy.full = None
 
     def longer(self, n: int) -> KVTensor:
@@ -449,8 +454,7 @@ torch.serialization.add_safe_globals([_rebuild])
 
 def _batch_rule(func, kv: KVTensor, *args) -> KVTensor:
     """Apply `func(tensor, *args)`, which selects or repeats rows, to every tensor held."""
-    with compat.outside_inference_mode():
-        tensors = {name: func(t, *args) for name, t in kv.tensors().items()}
+    tensors = {name: func(t, *args) for name, t in kv.tensors().items()}
     known, batch, occupancy = kv.occupancy, tensors["state"].shape[0], None
     if all(len(set(of_rows)) == 1 for of_rows in known.rows):
         occupancy = Occupancy(*(of_rows[:1] * batch for of_rows in known.rows))
@@ -479,8 +483,7 @@ def _(func, types, args, kwargs):
 
 @KVTensor.implements(aten.clone.default)
 def _(func, types, args, kwargs):
-    with compat.outside_inference_mode():
-        return args[0]._apply_fn_to_data(torch.clone).mark_dynamic()
+    return args[0]._apply_fn_to_data(torch.clone).mark_dynamic()
 
 
 @KVTensor.implements(aten._to_copy.default)
@@ -488,8 +491,7 @@ def _(func, types, args, kwargs):
     kv, dtype, device = args[0], kwargs.get("dtype"), kwargs.get("device")
     if dtype not in (None, kv.dtype):
         return NotImplemented
-    with compat.outside_inference_mode():
-        return kv._apply_fn_to_data(lambda t: t.to(device, copy=True)).mark_dynamic()
+    return kv._apply_fn_to_data(lambda t: t.to(device, copy=True)).mark_dynamic()
 
 
 @KVTensor.implements(aten.index_select.default)

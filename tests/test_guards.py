@@ -36,16 +36,22 @@ def test_only_outer_sizes_and_the_context_are_guarded(preset):
     assert captured() == (2, 0)
 
 
-@torch.no_grad()
-def test_a_cache_with_other_strides_has_a_graph_of_its_own():
-    def swapped(x):
-        return x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() > 2 else x
+def swapped(x):
+    return x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() > 2 else x
 
-    model, ids = PlainDecoder(), prompt(420, batch=2)
+
+def spread(x):
+    return torch.empty_strided(x.shape, (2 * x.stride(0), *x.stride()[1:]), dtype=x.dtype).copy_(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch, change", [(2, swapped), (2, spread), (1, spread)])
+def test_a_cache_with_other_strides_has_a_graph_of_its_own(batch, change):
+    model, ids = PlainDecoder(), prompt(420, batch)
     call = torch.compile(model, backend=make_backend("default"))
     expected, past = run_plain(call, ids, 400)
     _, past = run_plain(call, ids[:, :400], 400)
-    strange = tuple(tuple(kv._apply_fn_to_data(swapped).mark_dynamic() for kv in pair) for pair in past)
+    strange = tuple(tuple(kv._apply_fn_to_data(change).mark_dynamic() for kv in pair) for pair in past)
     assert all(kv.context["regular"] for kv in pairs(past)) and not any(kv.context["regular"] for kv in pairs(strange))
     actual, past = call(ids[:, 400:401], strange)
     torch.testing.assert_close(actual[:, -1], expected[:, 400])

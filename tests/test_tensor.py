@@ -360,8 +360,9 @@ def test_other_operations_are_dense():
     q = torch.randn(1, HEADS, 1, DIM)
     attention = torch.nn.functional.scaled_dot_product_attention
     torch.testing.assert_close(attention(q, kv, kv), attention(q, x, x))
-    with pytest.raises(RuntimeError, match="would write into a KVTensor"):
-        kv.zero_()
+    for write in (lambda: kv.zero_(), lambda: torch.add(x, 1, out=kv), lambda: torch._foreach_copy_([x, kv], [x, x])):
+        with pytest.raises(RuntimeError, match="would write into a KVTensor"):
+            write()
 
 
 def test_assignment_raises():
@@ -559,3 +560,42 @@ def test_a_flush_that_only_compiles(monkeypatch):
     assert len(flushes) == 2  # of one row, of two
     for kv, held, state in zip((short, long, lossless, rows), before, states, strict=True):
         assert torch.equal(kv.dequantize(), held) and torch.equal(kv.state, state)
+
+
+IN_EACH_MODE = {
+    "rows": lambda kv: kv[:1], "crop": lambda kv: kv[:, :, :-2], "all": lambda kv: kv[:], "detach": lambda kv: kv.detach(),
+    "clone": lambda kv: kv.clone(), "some rows": lambda kv: kv.index_select(0, torch.tensor([1])), "index": lambda kv: kv[[0, 2]],
+    "copy": lambda kv: kv.to("cpu", copy=True), "same device": lambda kv: kv.to("cpu"), "narrow": lambda kv: kv.narrow(0, 0, 2),
+    "append": lambda kv: torch.cat([kv, torch.ones(3, HEADS, 1, DIM)], 2), "repeat": lambda kv: kv.repeat_interleave(2, 0),
+    "heads": lambda kv: kv[:, :1], "sum": lambda kv: kv + kv, "product": lambda kv: kv @ torch.ones(DIM, 2),
+    "write": lambda kv: torch.zeros(kv.shape).copy_(kv), "half": lambda kv: kv.half(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", IN_EACH_MODE)
+@pytest.mark.parametrize("made", [torch.no_grad, torch.inference_mode])
+def test_inference_mode_changes_nothing(what, made):
+    """There, torch passes composite ops on whole, and refuses new tensors as views."""
+    with made():
+        kv, _ = make(batch=3)
+    results = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            results.append(IN_EACH_MODE[what](kv))
+    outside, inside = results
+    assert type(inside) is type(outside) and inside.shape == outside.shape and inside.dtype == outside.dtype
+    dense = [x.dequantize() if isinstance(x, KVTensor) else x for x in results]
+    torch.testing.assert_close(*dense, rtol=0, atol=0)
+
+
+def test_a_cache_is_cropped_in_inference_mode():
+    """As assisted decoding does."""
+    kv, x = make()
+    cache = DynamicCache()
+    with torch.inference_mode():
+        cache.update(kv, kv.clone(), 0)
+        cache.crop(-3)
+        cache.update(*(new_tokens(2),) * 2, 0)
+    layer = cache.layers[0]
+    assert isinstance(layer.keys, KVTensor) and layer.keys.shape[2] == x.shape[2] - 1
+    assert_holds(layer.keys[:, :, : x.shape[2] - 3], x[:, :, :-3], exact_from=x.shape[2] - kv.config.window)
