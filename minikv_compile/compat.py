@@ -125,8 +125,8 @@ def subgraph_of(node: Node) -> Graph | None:
 
 
 def mutable_arguments(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Those of a call's arguments that it is registered to write into, but for `out=`; of a name that stands for several
-    operators, the arguments of each."""
+    """Those of a call's arguments that it is registered to write into; of a name that stands for several operators, those of each,
+    but for its variants with `out=`."""
     operators = [target] if isinstance(target, torch._ops.OpOverload) else []
     if isinstance(target, torch._ops.OpOverloadPacket):
         operators = [getattr(target, name) for name in target.overloads() if "out" not in name]
@@ -277,7 +277,7 @@ def only_for(node: Node | None = None) -> None:
 
 def leave_unguarded(nodes: Iterable[Node]) -> None:
     """Take back what Dynamo guards on of the tensors inside the `KVTensor`s of these placeholders, where their outer sizes and
-    their contexts say as much: in a step of 32 layers there are 448, and they took a quarter of the host's time. After all else
+    their contexts say as much: in a step of 32 layers there are 448, and they took a fifth of the host's time. After all else
     that compiles the graph: guards of its own count. (Where attention is in the graph, on a CPU, it asks about all of them.)"""
     context = TracingContext.try_get()
     if context is None:

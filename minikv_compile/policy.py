@@ -5,6 +5,7 @@ A policy of your own is a `Policy` with a `score`; `MiniKVConfig(policy=Mine())`
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -49,7 +50,7 @@ class Prompt:
         return x[:, : self.n] if self._order is None else x[:, self._order[: self.n]]
 
 
-class Policy:
+class Policy(ABC):
     """What a prompt token is worth. Sinks and the newest `recent` tokens are kept in any case; of the others each KV head
     of a layer keeps its `heavy` budget of those with the highest scores."""
 
@@ -57,9 +58,9 @@ class Policy:
     observes: ClassVar[str] = "nothing"
     """Whose attention `Prompt.attention` sums: "all" queries, the "last" `MiniKVConfig.observed` ones, or "nothing"."""
 
+    @abstractmethod
     def score(self, prompt: Prompt, config: MiniKVConfig) -> Tensor:
         """fp32 [kv_heads, n], none negative."""
-        raise NotImplementedError
 
 
 class HeavyHitter(Policy):
