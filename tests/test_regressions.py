@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 from minikv_compile import KVTensor, MiniKVConfig, explain, is_active
 from minikv_compile.config import ConfigError
-from minikv_compile.policy import Policy
+from minikv_compile.policy import Policy, Recent
 
 from .helpers import compiled, greedy, kinds, make_backend, prompt, tiny
 
@@ -155,26 +155,29 @@ def test_what_is_not_finite_names_its_layer():
 
 
 def test_the_name_of_a_policy_is_taken():
-    class Mine(Policy):
+    class Mine(Recent):
         name = "test_the_name"
 
         def __init__(self, sign):
             self.sign = sign
 
+    def other(**attributes):
+        return type("Other", (Policy,), {"score": Recent.score, **attributes})()
+
     assert MiniKVConfig(policy=Mine(1)) == MiniKVConfig(policy=Mine(1))
     with pytest.raises(ConfigError, match="'test_the_name' is taken"):
         MiniKVConfig(policy=Mine(-1))
     with pytest.raises(ConfigError, match="'keep_all' is taken"):
-        MiniKVConfig(policy=type("Other", (Policy,), {"name": "keep_all"})())
+        MiniKVConfig(policy=other(name="keep_all"))
     with pytest.raises(ConfigError, match="needs a `name`"):
-        MiniKVConfig(policy=type("Other", (Policy,), {})())
+        MiniKVConfig(policy=other())
     with pytest.raises(ConfigError, match="`observes` is 'some'"):
-        MiniKVConfig(policy=type("Other", (Policy,), {"name": "other", "observes": "some"})())
+        MiniKVConfig(policy=other(name="other", observes="some"))
 
 
 def test_a_configuration_that_fails_takes_no_name():
     def policy():
-        return type("Other", (Policy,), {"name": "test_no_name"})()
+        return type("Other", (Recent,), {"name": "test_no_name"})()
 
     with pytest.raises(ConfigError, match="observed"):
         MiniKVConfig(policy=policy(), observed=-1)
