@@ -32,7 +32,7 @@ class MiniKVBackend:
     """A torch.compile backend that rewrites attention and its KV cache, then compiles with `inner`.
 
     Args:
-        config: what to keep; the preset `default` if None.
+        config: what to keep: a `MiniKVConfig`, the name of a preset, or None for `default`.
         inner: "inductor", the name of another registered backend ("eager" for quick tests), or a callable
             `(GraphModule, example_inputs) -> callable`.
 
@@ -40,12 +40,12 @@ class MiniKVBackend:
         graphs: for each compiled graph that holds attention, what became of its sites.
     """
 
-    def __init__(self, config: MiniKVConfig | None = None, inner: str | Callable = "inductor"):
-        if config is not None and not isinstance(config, MiniKVConfig):
-            raise TypeError(f"config must be a MiniKVConfig, not {type(config).__name__}.")
+    def __init__(self, config: MiniKVConfig | str | None = None, inner: str | Callable = "inductor"):
+        if isinstance(config, GraphModule):
+            raise TypeError("The backend is an object: backend=MiniKVBackend(), not the class.")
+        self.config = MiniKVConfig.of(config)
         if not isinstance(inner, str) and not callable(inner):
             raise TypeError(f"inner must be the name of a backend or a callable, not {type(inner).__name__}.")
-        self.config = config or MiniKVConfig()
         self.inner = inner
         self.graphs: list[list[SiteReport]] = []
         self.records = True  # whether what it rewrites makes a model active
@@ -107,11 +107,11 @@ class MiniKVBackend:
             if not site.rewritten:
                 reasons.setdefault(site.reason, site)
         compat.count(rewritten=len(taken), skipped=len(sites) - len(taken))
-        log.info(
-            "%d attention sites, %d rewritten (%s), %d left alone; a long cache of those rewritten takes %.1f%% of dense",
-            len(sites), len(taken), ", ".join(sorted({site.kind for site in taken})), len(sites) - len(taken),
-            100 * self.config.share_of_dense,
-        )  # fmt: skip
+        became = f"{len(taken)} rewritten"
+        if taken:
+            kinds, share = ", ".join(sorted({site.kind for site in taken})), self.config.share_of_dense
+            became += f" ({kinds}; their long caches take {share:.1%} of dense)"
+        log.info("%d attention sites, %s, %d left alone", len(sites), became, len(sites) - len(taken))
         for reason, site in reasons.items():
             message = f"site {site.layer} ({site.where}) keeps the model's own attention, uncompressed: {reason}"
             wanted = reason == "listed in skip_layers"
@@ -144,8 +144,6 @@ def compile(model: torch.nn.Module, config: MiniKVConfig | str | None = None, **
     Returns:
         the model itself.
     """
-    if isinstance(config, str):
-        config = MiniKVConfig.preset(config)
     inner = kwargs.pop("inner", "inductor")
     model.compile(backend=MiniKVBackend(config, inner), **kwargs)
     return model

@@ -325,13 +325,12 @@ class MiniKVCache(Cache):
                 token that finds no room is an error. None: any share of `max_cache_len` may be new.
 
         Raises:
-            ValueError: `max_new_tokens` that leave no room for a prompt; a layer that is neither attention with a dynamic
-                cache nor linear attention, or a model that does not use the cache.
+            ValueError: no capacity or no rows; `max_new_tokens` that leave no room for a prompt; a layer that is neither
+                attention with a dynamic cache nor linear attention, or a model that does not use the cache.
         """
-        if isinstance(config, str):
-            config = MiniKVConfig.preset(config)
-        self.config = config or MiniKVConfig()
-        self.capacity = max_cache_len
+        self.config, self.capacity = MiniKVConfig.of(config), max_cache_len
+        if max_cache_len < 1 or batch_size < 1:
+            raise ValueError(f"MiniKVCache: max_cache_len {max_cache_len} and batch_size {batch_size} must be 1 or more.")
         if max_new_tokens is not None and not 0 <= max_new_tokens < max_cache_len:
             raise ValueError(f"MiniKVCache: {max_new_tokens} new tokens of {max_cache_len} leave no room for a prompt.")
         seen = _what_layers_keep(model)

@@ -23,8 +23,10 @@ from .cli_options import (
     console,
     listed,
     numbers,
+    parsed,
     progress_of,
     split_methods,
+    usable_device,
 )
 from .evaluate import PLACES, TEXT, Group, make_group, record_groups, run_methods
 from .longbench import METRICS, TEMPLATE, load_records
@@ -51,16 +53,13 @@ def load(path: str, device: str = "auto", dtype: str = "auto"):
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    place = parsed(usable_device, device, option="--device")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"cannot load {path!r}: {str(error).splitlines()[0]}", param_hint="--model") from error
-    try:
-        return model.eval().to(device), tokenizer
-    except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(f"{device!r}: {str(error).splitlines()[0]}", param_hint="--device") from error
+    return model.eval().to(place), tokenizer
 
 
 def inner_for(model, inner: str) -> str:

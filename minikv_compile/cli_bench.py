@@ -27,6 +27,7 @@ from .cli_options import (
     in_a_folder,
     parsed,
     split_methods,
+    usable_device,
 )
 from .config import PRESETS, ConfigError
 from .long import check_grows, long_table, run_long
@@ -66,6 +67,8 @@ def plan(
     left = parsed(parse_bytes, reserve, option="--reserve")
     tokens = parsed(parse_tokens, prompt, option="--prompt")
     config = parsed(load_config, model, option="--model")
+    if memory <= left:
+        raise typer.BadParameter(f"{gpu_memory} less {reserve} is nothing: 80GB has a unit", param_hint="--gpu-memory")
     lm = random_model(config, "meta", None if dtype == "auto" else getattr(torch, dtype))
     fits = []
     with console.status("") as status:
@@ -93,7 +96,7 @@ def _decoding_model(
             check_method(method)
         except (ConfigError, ImportError, ValueError) as error:
             raise typer.BadParameter(str(error), param_hint="--methods") from None
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    place = parsed(usable_device, device, option="--device")
     lm = parsed(load_model, model, layers, place, torch.bfloat16, option="--model")
     parsed(check_model, lm, methods, option="--methods")
     count = lm.config.get_text_config().num_hidden_layers
@@ -197,7 +200,8 @@ def capacity(
         raise typer.BadParameter("there is no GPU whose memory could be measured", param_hint="capacity")
     # Memory that is free in pieces is of use, too: what fits is then a question of bytes.
     allocator = compat.expandable_segments()
-    chosen, limit, tokens = split_methods(methods), parsed(parse_bytes, memory, option="--memory"), parse_tokens(prompt)
+    limit, tokens = parsed(parse_bytes, memory, option="--memory"), parsed(parse_tokens, prompt, option="--prompt")
+    chosen = split_methods(methods)
     place = torch.device("cuda")
     total = torch.cuda.get_device_properties(place).total_memory
     torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -31,6 +32,17 @@ Inner = Annotated[
     Literal["auto", "inductor", "eager"],
     typer.Option(help='Compiler of the rewritten graph; "auto": Inductor on CUDA.'),
 ]
+
+
+def usable_device(name: str) -> torch.device:
+    """
+    Raises:
+        ValueError: there is none of this name.
+    """
+    try:
+        return torch.empty(0, device=("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{name!r}: {str(error).splitlines()[0]}") from error
 
 
 def in_a_folder(path: Path | None) -> Path | None:
@@ -63,8 +75,10 @@ def check_methods(methods: list[str], option: str, peers: bool = False) -> None:
     """Name what is wrong with a method before a model is loaded. `peers`: other packages' are right, too."""
     for method in methods:
         try:
-            if not (peers and parse_peer(method)):
+            if not parse_peer(method):
                 parse_method(method)
+            elif not peers:
+                raise ValueError(f"{method!r} is another package's: `minikv eval --feed` runs it")
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint=option) from None
 

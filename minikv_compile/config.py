@@ -109,7 +109,8 @@ class MiniKVConfig:
     pool: int = 7
     """Neighbours whose highest score counts in "observation_window", in tokens: odd (SnapKV section 4.3)."""
     heavy: float | int = 0.5
-    """Heavy-hitter budget, the mean over layers, per KV head: a float is a share of the prompt, an int is tokens."""
+    """Heavy-hitter budget, the mean over layers, per KV head: a float is a share of the prompt, an int is tokens. Like all budgets
+    below it counts only with a `policy` that drops."""
     recent: float | int = 0.0
     """Recent budget, the same in every layer: newest prompt tokens that the policy keeps and packs like the heavy
     hitters. A float is a share of the prompt, an int is tokens."""
@@ -178,6 +179,7 @@ class MiniKVConfig:
         custom: dict[str, Policy] = {}
         for field in ("policy", "importance"):
             given = getattr(self, field)
+            check(not isinstance(given, type), field, f"an object: {getattr(given, '__name__', '')}()")
             if isinstance(given, Policy):
                 try:
                     check_policy(given)
@@ -250,6 +252,19 @@ class MiniKVConfig:
         if name not in PRESETS:
             raise ConfigError(f"MiniKVConfig.preset({name!r}): must be one of {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **changes})  # type: ignore[arg-type]
+
+    @classmethod
+    def of(cls, given: MiniKVConfig | str | None) -> MiniKVConfig:
+        """What callers pass: a configuration, the name of a preset, or None for `default`.
+
+        Raises:
+            ConfigError: unknown name. TypeError: anything else.
+        """
+        if given is None or isinstance(given, str):
+            return cls.preset(given or "default")
+        if not isinstance(given, MiniKVConfig):
+            raise TypeError(f"config must be a MiniKVConfig or the name of a preset, not {type(given).__name__}.")
+        return given
 
     @property
     def share_of_dense(self) -> float:

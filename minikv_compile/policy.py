@@ -60,7 +60,8 @@ class Policy(ABC):
 
     @abstractmethod
     def score(self, prompt: Prompt, config: MiniKVConfig) -> Tensor:
-        """fp32 [kv_heads, n], none negative."""
+        """fp32 [kv_heads, n]: more is kept first. The package's own policies give none below 0; of others' scores what counts is
+        their order, and with the layer budget "coverage" their sums from the lowest on."""
 
 
 class HeavyHitter(Policy):
@@ -223,18 +224,25 @@ def within_budget(scores: Tensor, length: int, layer: int, layers: int, config: 
 def score(name: str, prompt: Prompt, config: MiniKVConfig) -> Tensor:
     """What policy `name` thinks of a prompt's tokens: fp32 [kv_heads, n], none negative.
 
-    What a policy of the user's gives below 0, or as NaN, counts as 0.
-
     Raises:
-        ValueError: the policy returns another shape.
+        ValueError: the policy returns no tensor, or one of another shape.
     """
     policy = POLICIES[name]
     scores, expected = policy.score(prompt, config), (prompt.keys.shape[0], prompt.n)
+    if not isinstance(scores, Tensor):
+        hint = ' `prompt.attention` is None unless the class says `observes = "all"` or "last".' * (prompt.attention is None)
+        raise ValueError(f"Policy {name!r}: scores are {scores!r}, must be a tensor {expected}.{hint}")
     if scores.shape != expected:
         raise ValueError(f"Policy {name!r}: scores are {tuple(scores.shape)}, must be {expected}.")
-    if policy in OURS:
-        return scores
-    return scores.float().nan_to_num(0.0).clamp(min=0.0) + 0.0  # selection orders by bits: -0.0 would be negative
+    return scores if policy in OURS else from_0(scores.float())
+
+
+def from_0(scores: Tensor) -> Tensor:
+    """Any scores as selection takes them, by their bits: where a head has negative ones, all are raised so that its lowest finite
+    one is 0. NaN and -inf are as low."""
+    finite = torch.where(torch.isfinite(scores), scores, torch.inf).amin(-1, keepdim=True)
+    low = torch.where(torch.isfinite(finite), finite.clamp(max=0.0), 0.0)
+    return torch.where(scores > low, scores - low, 0.0).nan_to_num()
 
 
 def important_tokens(

@@ -147,11 +147,12 @@ class Explanation:
         return _rendered(table)
 
 
-def explain(model: torch.nn.Module, *args: Any, config: MiniKVConfig | None = None, **inputs: Any) -> Explanation:
+def explain(model: torch.nn.Module, *args: Any, config: MiniKVConfig | str | None = None, **inputs: Any) -> Explanation:
     """Run a prefill and, where the model returns a cache, one decode step, and say what became of each site.
 
     Args:
         args, inputs: of `model.forward`. A transformers model gets `use_cache=True`.
+        config: a `MiniKVConfig`, the name of a preset, or None for `default`.
     """
     backend = MiniKVBackend(config, inner="eager")
     backend.records = False

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import DynamicCache
 
 import minikv_compile
-from minikv_compile import KVTensor, MiniKVBackend, MiniKVConfig, cache_report, is_active
+from minikv_compile import ConfigError, KVTensor, MiniKVBackend, MiniKVConfig, cache_report, is_active
 
 from .helpers import (
     ARCHITECTURES,
@@ -480,9 +480,14 @@ def test_not_finite_values_are_reported(strict):
 
 
 def test_arguments_of_the_backend():
-    with pytest.raises(TypeError, match="must be a MiniKVConfig, not str"):
-        MiniKVBackend("default")
-    assert MiniKVBackend().config == MiniKVConfig.preset("default")
+    with pytest.raises(TypeError, match="a MiniKVConfig or the name of a preset, not int"):
+        MiniKVBackend(4)
+    with pytest.raises(ConfigError, match="'best'"):
+        MiniKVBackend("best")
+    with pytest.raises(Exception, match=r"backend=MiniKVBackend\(\), not the class"), torch.no_grad():
+        torch.compile(PlainDecoder(layers=1), backend=MiniKVBackend)(prompt(4))
+    assert MiniKVBackend().config == MiniKVBackend("default").config == MiniKVConfig()
+    assert MiniKVBackend("minikv").config == MiniKVConfig.preset("minikv")
     with pytest.raises(Exception, match="no_such"), torch.no_grad():
         torch.compile(PlainDecoder(layers=1), backend=MiniKVBackend(inner="no_such"))(prompt(4))
 

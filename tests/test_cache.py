@@ -204,6 +204,12 @@ def test_skipped_layers(skipped):
 # ---- errors, none silent
 
 
+@pytest.mark.parametrize("sizes", [(0, 1), (-5, 1), (40, 0)])
+def test_no_room_at_all(sizes):
+    with pytest.raises(ValueError, match="must be 1 or more"):
+        MiniKVCache(tiny(layers=1), *sizes)
+
+
 def test_too_many_tokens():
     model = compiled(tiny(layers=1), make_backend("default"))
     with pytest.raises(ValueError, match="prompt of 41 tokens, but room for 40"):

@@ -42,6 +42,12 @@ def test_an_unknown_method_is_named(tmp_path):
     assert result.exit_code != 0 and "best" in result.output
 
 
+@pytest.mark.parametrize("command", ["bench", "long"])
+def test_a_device_that_is_not_there_is_named(command):
+    result = CliRunner().invoke(app, [command, "--model", "tiny", "--methods", "default", "--device", "nowhere"])
+    assert result.exit_code == 2 and "nowhere" in result.output
+
+
 def test_explain_prints_every_site():
     assert "16 of 16 attention sites" in run("explain", "--model", MODEL, "--tokens", 8, "--device", "cpu")
 
@@ -54,6 +60,7 @@ def test_explain_prints_every_site():
         (["--json", "/no/such/folder/x.json"], "no folder /no/such/folder"),
         (["--model", "/no/such/model"], "cannot load '/no/such/model'"),
         (["--device", "nowhere"], "nowhere"),
+        (["--method", "quanto:bits=2"], "another package's: `minikv eval --feed` runs it"),
     ],
 )
 def test_wrong_arguments_are_named(tmp_path, wrong, said):

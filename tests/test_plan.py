@@ -172,6 +172,7 @@ def test_the_command(tmp_path):
     [
         ("--model", "/no/such"),
         ("--gpu-memory", "much"),
+        ("--gpu-memory", "80"),
         ("--prompt", "long"),
         ("--methods", "best"),
         ("--reserve", "-1"),

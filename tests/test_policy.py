@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minikv_compile import MiniKVBackend, MiniKVConfig, cache_report
+from minikv_compile import ConfigError, MiniKVBackend, MiniKVConfig, cache_report
 from minikv_compile.budget import in_tokens
 from minikv_compile.ops import align_rows, compress_prompt, dequantize, fields, kept_mask, take_tokens, tier_names
-from minikv_compile.policy import POLICIES, Policy, Prompt, important_tokens, select, within_budget
+from minikv_compile.policy import POLICIES, Policy, Prompt, from_0, important_tokens, select, within_budget
 
 from .helpers import compiled, greedy, make_backend, prompt, tiny
 
@@ -219,13 +219,13 @@ def test_importance_by_any_policy(importance):
 
 
 class Shifted(Policy):
-    """Negative scores, NaN, and another dtype."""
+    """Negative scores, NaN, infinities, and another dtype."""
 
     name = "shifted"
 
     def score(self, prompt, config):
         scores = prompt.keys.double().norm(dim=-1) - 100
-        scores[:, 5] = torch.nan
+        scores[:, 5:8] = torch.tensor([torch.nan, -torch.inf, torch.inf])
         return scores
 
 
@@ -236,6 +236,37 @@ def test_scores_of_the_users_own_are_made_safe():
     prompts = [Prompt(n, 0, None, *torch.randn(2, 2, n, 16), None) for n in (600, 300)]
     chosen = important_tokens(prompts, None, [384, 128], [64, 64], config)
     assert chosen[1].max() < 4 + 64 + 128 and (chosen.diff(dim=-1) > 0).all()
+    for row, tokens, n in zip(prompts, chosen, (448, 192), strict=True):
+        norms = row.keys[:, 4 : 4 + n].norm(dim=-1)
+        norms[:, 1:3], norms[:, 3] = -1, 1000
+        assert torch.equal(tokens, norms.topk(64).indices.sort().values + 4)
+
+
+@pytest.mark.parametrize("scores", [[-3.0, -1.0, -2.0], [-torch.inf] * 2 + [torch.nan], [-0.0, 0.0, 2.0], [torch.inf, -5.0, 1.0]])
+def test_scores_from_0(scores):
+    """As they are where none is negative, else raised: the order stays, and no bit says below 0."""
+    given = torch.tensor([scores])
+    found = from_0(given)
+    assert found.isfinite().all() and not found.signbit().any() and found.min() == 0
+    order = given.nan_to_num(-1e9, neginf=-1e9)
+    assert torch.equal(found[..., None] > found[:, None], order[..., None] > order[:, None])
+
+
+class Blind(Policy):
+    """Looks at attention, and does not say so."""
+
+    name = "blind"
+
+    def score(self, prompt, config):
+        return prompt.attention
+
+
+def test_a_policy_without_scores_is_told_why():
+    with pytest.raises(Exception, match='scores are None, must be a tensor.*observes = "all"'):
+        kept_of(Blind())
+    del POLICIES["blind"]
+    with pytest.raises(ConfigError, match=r"policy = .*must be an object: Blind\(\)"):
+        MiniKVConfig(policy=Blind)
 
 
 def test_rows_of_which_nothing_is_packed_under_another_default_dtype():

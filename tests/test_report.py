@@ -99,6 +99,6 @@ def test_explain_of_a_padded_batch_and_of_a_module_without_a_cache():
     ids = prompt(12, batch=2)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    assert explain(tiny(layers=1), input_ids=ids, attention_mask=mask).rewritten == 2
+    assert explain(tiny(layers=1), input_ids=ids, attention_mask=mask, config="small").rewritten == 2
     assert [s.kind for s in explain(PlainDecoder(layers=1), prompt(8)).sites] == ["prefill"]
     assert explain(torch.nn.Linear(4, 4), torch.zeros(1, 4)).sites == []
