@@ -176,8 +176,13 @@ def output_of(run: subprocess.Popen, seconds: float) -> str:
     try:
         return run.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
+        end(run)
+        return run.communicate()[0] + "\nnot done in time"
+
+
+def end(run: subprocess.Popen) -> None:
+    if run.poll() is None:
         os.killpg(run.pid, signal.SIGKILL)
-        return run.communicate()[0] + f"\nnot done in {seconds:.0f} s"
 
 
 def main() -> None:
@@ -202,12 +207,16 @@ def main() -> None:
         for tool in TOOLS
     }  # fmt: skip
     failed, start = False, time.perf_counter()
-    for tool, run in runs.items():
-        output = output_of(run, max(1.0, args.timeout - (time.perf_counter() - start)))
-        failed |= run.returncode != 0
-        words = ("=========", "launched", "not done")
-        lines = [line for line in output.splitlines() if line.startswith(words)]
-        print(f"{tool}: exit {run.returncode}", *(lines[-40:] if run.returncode else lines[-2:]), sep="\n  ")
+    try:
+        for tool, run in runs.items():
+            output = output_of(run, max(1.0, args.timeout - (time.perf_counter() - start)))
+            failed |= run.returncode != 0
+            words = ("=========", "launched", "not done")
+            lines = [line for line in output.splitlines() if line.startswith(words)]
+            print(f"{tool}: exit {run.returncode}", *(lines[-40:] if run.returncode else lines[-2:]), sep="\n  ")
+    finally:  # Ctrl-C does not reach sessions of their own
+        for run in runs.values():
+            end(run)
     sys.exit(failed)
 
 

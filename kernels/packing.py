@@ -219,14 +219,15 @@ def pack(codes: Tensor, bits: int, layout: Layout) -> Tensor:
     if layout == "key":
         return _or_shifted(codes.unflatten(-2, (slices, words(bits))), bits)
     codes = codes.transpose(-1, -2)
-    *lead, channels, _ = codes.shape
+    channels = codes.shape[-2]
     chunks = [
         _or_shifted(codes[..., first : first + n, :].unflatten(-2, (slices, n // slices)), bits)
         for first, n in value_chunks(channels)
     ]
     rest = codes[..., channels - channels % 16 :, :].transpose(-1, -2).unflatten(-2, (slices, words(bits)))
     chunks.append(_or_shifted(rest, bits).transpose(-1, -2))
-    return torch.cat([chunk.flatten(-2) for chunk in chunks], -1).view(*lead, channels, words(bits))
+    # No view: Dynamo guards on what a tensor is a view of.
+    return torch.cat([chunk.flatten(-2).unflatten(-1, (-1, words(bits))) for chunk in chunks], -2)
 
 
 def value_matrices(packed: Tensor, bits: int) -> list[Tensor]:

@@ -45,8 +45,11 @@ disabled_torch_function = torch._C._disabled_torch_function_impl
 def allow_graphs(count: int) -> None:
     """Let a forward be compiled for so many kinds of inputs: past Dynamo's limit (8) it would run uncompressed."""
     config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, count)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * count)
+    for name, limit in (("recompile_limit", count), ("accumulated_recompile_limit", 4 * count)):
+        entry = config._config[name]
+        entry.default = max(entry.default, limit)  # what is set is of this thread alone, and others may run the model, too
+        if getattr(config, name) < limit:
+            setattr(config, name, limit)
 
 
 def assert_on_device(condition: Tensor, message: str) -> None:
@@ -283,13 +286,17 @@ def leave_unguarded(nodes: Iterable[Node]) -> None:
     if context is None:
         return
     shape_env, sources, said = context.fake_mode.shape_env, set(), set()
-    for node in nodes:
+    known = {
+        node: {fits for x in node.meta["example_value"].tensors().values() for fits in _fits_int32(x)}
+        for node in nodes if node.meta["example_value"].context["regular"]
+    }  # fmt: skip
+    of_all = set().union(*known.values())
+    asked = set().union(*(guard.expr.free_symbols for guard in shape_env.guards if guard.expr not in of_all))
+    for node, mine in known.items():
         kv, source = node.meta["example_value"], node._dynamo_source
-        known = {fits for x in kv.tensors().values() for fits in _fits_int32(x)}
-        asked = set().union(*(guard.expr.free_symbols for guard in shape_env.guards if guard.expr not in known))
-        if kv.context["regular"] and _is_free(kv, asked):
+        if _is_free(kv, asked):
             sources |= {AttrSource(source, name) for name in kv.tensors()} | {SubclassAttrListSource(source)}
-            said |= known
+            said |= mine
             kv.hide()
     guards = context.guards_context.dynamo_guards
     kept = type(guards.inner)(guard for guard in guards.inner if guard.originating_source not in sources)
@@ -300,12 +307,10 @@ def leave_unguarded(nodes: Iterable[Node]) -> None:
 
 def _is_free(kv: Tensor, asked: set[sympy.Symbol]) -> bool:
     """Whether a graph assumes nothing of the tensors inside a fake `KVTensor` that its context does not say: sizes that grow have
-    symbols that no other guard has `asked` about, the batch is the outer one, and the others are constant."""
+    symbols that no other guard has `asked` about, batches are the outer one or such, too, and the others are constant."""
     growing, batches, others = kv.sizes_inside()
-    return (
-        all(_symbols(size) and not _symbols(size) & asked for size in growing)
-        and all(_symbols(size) == _symbols(kv.shape[0]) for size in batches) and not any(map(_symbols, others))
-    )  # fmt: skip
+    own = [size for size in batches if _symbols(size) != _symbols(kv.shape[0])]
+    return all(_symbols(size) and not _symbols(size) & asked for size in growing + own) and not any(map(_symbols, others))
 
 
 def _fits_int32(x: Tensor) -> tuple[Any, ...]:

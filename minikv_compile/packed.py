@@ -28,7 +28,7 @@ class DenseOnUse(TorchAOBaseTensor):
         if result is not NotImplemented:
             return result
         rule = cls._ATEN_OP_TABLE[cls].get(func)
-        with compat.outside_inference_mode():  # torch would refuse what is new in it as a view
+        with compat.outside_inference_mode():  # a rule's new tensors: of inference mode, torch would refuse them as views
             result = NotImplemented if rule is None else rule(func, types, args, kwargs)
             return cls._on_dense(func, args, kwargs) if result is NotImplemented else result
 

@@ -120,7 +120,11 @@ class KVTensor(DenseOnUse):
         self._names = []
 
     def __reduce_ex__(self, protocol):
-        return _rebuild, (self.tensors(), self.config.to_json(), self.role, self.length, FORMAT, self.seq)
+        kv = self.clone() if self.occupancy.shared else self  # who loads it would not know of a storage with two owners
+        return _rebuild, (kv.tensors(), self.config.to_json(), self.role, self.length, FORMAT, self.seq)
+
+    def __copy__(self):
+        return self.detach()
 
     def __deepcopy__(self, memo):
         memo[id(self)] = copied = self.clone()
@@ -292,7 +296,9 @@ class KVTensor(DenseOnUse):
         n = new.shape[self.seq]
         length = self.length + n
         if compat.is_fake(self.dense):
-            return type(self)(self.tensors(), self.config, self.role, length)
+            kv = type(self)(self.tensors(), self.config, self.role, length)
+            kv._context = self._context
+            return kv
         kv = self.reserve(n)
         with compat.outside_inference_mode():
             append(kv.dense, new.transpose(SEQ, self.seq), kv.state, length)
@@ -326,7 +332,8 @@ class KVTensor(DenseOnUse):
         if not isinstance(result, KVTensor) or compat.is_fake(self.dense):
             return result
         # Without autograd's note that it is a view, which Dynamo cannot trace.
-        return type(self)(result.tensors(), self.config, self.role, result.length, result.occupancy).mark_dynamic()
+        with compat.outside_inference_mode():
+            return type(self)(result.tensors(), self.config, self.role, result.length, result.occupancy).mark_dynamic()
 
     def repeat_interleave(self, repeats, dim=None, *, output_size=None):
         """Rows of the batch keep the type; anything else is dense."""
@@ -354,7 +361,8 @@ class KVTensor(DenseOnUse):
             )
         if self.kept is not None and not self.kept_mask()[..., length:].all():
             raise ValueError(f"Cannot roll back {removed} tokens: some of them are padding or dropped prompt tokens.")
-        return self._of_length(length)
+        with compat.outside_inference_mode():
+            return self._of_length(length)
 
 
 def make_room(tensors: list[KVTensor], counts: list[int]) -> list[KVTensor]:
@@ -443,7 +451,9 @@ def _resized(x: Tensor, size: int) -> Tensor:
 def _rebuild(tensors: dict[str, Tensor], config: str, role: str, length: int, version: int, seq: int = SEQ) -> KVTensor:
     if version != FORMAT:
         raise ValueError(f"A compressed cache saved in format {version}: this version of minikv_compile reads {FORMAT}.")
-    return BY_SEQ[seq](tensors, MiniKVConfig.from_json(config), role, length).mark_dynamic()
+    with compat.outside_inference_mode():  # where it was loaded must not matter to steps, which write into it
+        own = {name: x.clone() if x.is_inference() else x for name, x in tensors.items()}
+        return BY_SEQ[seq](own, MiniKVConfig.from_json(config), role, length).mark_dynamic()
 
 
 torch.serialization.add_safe_globals([_rebuild])
@@ -502,10 +512,9 @@ def _(func, types, args, kwargs):
 
 @KVTensor.implements(aten.index.Tensor)
 def _(func, types, args, kwargs):
-    kv, indices = args
-    return _batch_rule(func, kv, indices[:1]) if len(indices) == 1 or not any(
-        i is not None for i in indices[1:]
-    ) else NotImplemented  # fmt: skip
+    kv, (rows, *others) = args
+    of_rows = rows is not None and rows.dim() == 1 and not any(index is not None for index in others)
+    return _batch_rule(func, kv, [rows]) if of_rows else NotImplemented
 
 
 @KVTensor.implements(aten.slice.Tensor)

@@ -1,5 +1,7 @@
 """Graph breaks: each part is compiled by itself, and knows which layers of the model it holds."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from torch import nn
 from transformers import StaticCache
 
 from minikv_compile import KVTensor, explain
+from minikv_compile.passes.layers import GRAPHS
 
 from .helpers import VOCAB, PlainDecoder, captured, causal, compiled, greedy, make_backend, prompt, run_plain, tiny
 
@@ -303,6 +306,16 @@ def test_many_layers_that_are_alike():
             _, past = model(prompt(1), past)
         assert all(isinstance(k, KVTensor) for k, _ in past)
         assert sum(len(graph) > 0 for graph in backend.graphs) == graphs
+
+
+def test_other_threads_have_dynamos_limits_raised_too():
+    """torch keeps what is set for the thread that set it: the others would run uncompressed past 8 graphs."""
+    model = torch.compile(PlainDecoder(), backend=make_backend())
+    with torch.no_grad():
+        model(prompt(20))
+    with ThreadPoolExecutor(1) as pool:
+        limits = pool.submit(lambda: (torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit))
+    assert limits.result() >= (GRAPHS, 4 * GRAPHS)
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(skip_layers=(2,))])

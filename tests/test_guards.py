@@ -1,5 +1,6 @@
 """What Dynamo checks before each call of a graph that takes `KVTensor`s."""
 
+import copy
 import re
 
 import pytest
@@ -34,6 +35,18 @@ def test_only_outer_sizes_and_the_context_are_guarded(preset):
     text = guards()
     assert "___check_metadata" in text and read(text) == {"size", "stride"}
     assert captured() == (2, 0)
+
+
+@torch.no_grad()
+def test_nor_are_they_after_the_batch_has_changed():
+    """Dynamo gives each size of a batch a symbol of its own then; a copy needs no graph of its own."""
+    model = PlainDecoder()
+    call = torch.compile(model, backend=make_backend("default"))
+    for batch in (1, 2, 3):
+        _, past = run_plain(call, prompt(310, batch), 300)
+    assert captured() == (4, 0)
+    call(prompt(310, 3)[:, -1:], copy.deepcopy(past))
+    assert captured() == (4, 0) and read(guards()) == {"size", "stride"}
 
 
 def swapped(x):

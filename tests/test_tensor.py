@@ -14,6 +14,8 @@ from minikv_compile.kernels.state import IN_IMPORTANT, IN_TIER
 from minikv_compile.ops import fields
 from minikv_compile.tensor import wrap_prompt
 
+from .helpers import PlainDecoder, make_backend, prompt, run_plain
+
 HEADS, DIM = 2, 32
 PRESETS = ["lossless", "default", "minikv", "mikv", "mikv4"]
 SHORT = {
@@ -213,13 +215,13 @@ def test_old_reference_after_one_flush_in_its_own_storage():
 
 @pytest.mark.parametrize(
     "alias",
-    ["detach", "alias", "loaded"],
+    ["detach", "alias", "loaded", "copy.copy"],
 )
 def test_aliases_are_branches_too(alias):
     kv, x = make()
     if alias == "loaded":
         kv = reload(kv, weights_only=True)
-    other = kv[:] if alias == "alias" else kv.detach()
+    other = {"alias": lambda: kv[:], "copy.copy": lambda: copy.copy(kv)}.get(alias, kv.detach)()
     a, b = new_tokens(), new_tokens()
     left, right = torch.cat([kv, a], 2), torch.cat([other, b], 2)
     assert_holds(left, torch.cat([x, a], 2))
@@ -294,6 +296,28 @@ def test_copies_have_storages_of_their_own(preset, copied):
     assert_holds(kv, x)
 
 
+def test_tensors_that_share_a_storage_are_saved_apart():
+    kv, x = make()
+    a, b = new_tokens(), new_tokens()
+    short, long = reload([kv, torch.cat([kv, a], 2)], weights_only=True)
+    assert_holds(torch.cat([short, b], 2), torch.cat([x, b], 2))
+    assert_holds(long, torch.cat([x, a], 2))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_cache_that_was_loaded_in_inference_mode_decodes(mode):
+    model, ids = PlainDecoder(), prompt(310)
+    call = torch.compile(model, backend=make_backend("default"))
+    expected, _ = run_plain(call, ids, 300)
+    _, past = run_plain(call, ids[:, :300], 300)
+    with torch.inference_mode():
+        past = reload(past, weights_only=True)
+    with mode():
+        for t in range(300, 310):
+            logits, past = call(ids[:, t : t + 1], past)
+            torch.testing.assert_close(logits[:, 0], expected[:, t])
+
+
 def reload(kv, weights_only):
     file = io.BytesIO()
     torch.save(kv, file)
@@ -355,6 +379,8 @@ def test_other_operations_are_dense():
     assert not isinstance(kv + 1, KVTensor) and torch.equal(kv + 1, x + 1)
     assert torch.equal(kv[:, :, 5:9], x[:, :, 5:9])
     assert torch.equal(kv[0], x[0]) and torch.equal(kv.transpose(1, 2), x.transpose(1, 2))
+    twice, mask = torch.tensor([[0, 0]]), torch.tensor([[True, False]])
+    assert torch.equal(kv[twice], x[twice]) and torch.equal(kv[mask], x[mask])
     assert torch.equal(torch.cat([kv, x], 3), torch.cat([x, x], 3))
     assert torch.equal(kv.to(torch.bfloat16), x.bfloat16())
     q = torch.randn(1, HEADS, 1, DIM)
@@ -584,6 +610,8 @@ def test_inference_mode_changes_nothing(what, made):
             results.append(IN_EACH_MODE[what](kv))
     outside, inside = results
     assert type(inside) is type(outside) and inside.shape == outside.shape and inside.dtype == outside.dtype
+    # A graph holds for tensors of one mode.
+    assert not isinstance(inside, KVTensor) or not inside.is_inference() or outside.is_inference()
     dense = [x.dequantize() if isinstance(x, KVTensor) else x for x in results]
     torch.testing.assert_close(*dense, rtol=0, atol=0)
 
