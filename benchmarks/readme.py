@@ -1,4 +1,5 @@
-"""Write README's end-to-end tables from the committed results, between its two markers: python benchmarks/readme.py"""
+"""Write the tables of docs/speed.md, and README's summary of them, from the committed results, between their two markers:
+python benchmarks/readme.py"""
 
 from __future__ import annotations
 
@@ -10,12 +11,22 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+README, SPEED = ROOT / "README.md", ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- by benchmarks/readme.py: -->\n", "<!-- end -->\n"
 FILES = (
     *("one_row.json", "end_to_end.json", "prompts.json", "prompts_default.json", "short.json", "dynamic.json"),
     *("peers.json", "peers_8k.json", "peers_small_8k.json"),
 )
+OURS = ("default", "minikv")
+SUMMARY = (
+    ("short.json", (1, 1024), OURS),
+    ("peers_8k.json", (1, 8192), (*OURS, "default@dynamic", "quanto", "kvpress-snapkv:ratio=0.85", "transformers")),
+    ("peers_small_8k.json", (1, 8192), ("small", "static")),
+    ("peers.json", (1, 32768), (*OURS, "quanto", "kvpress-snapkv:ratio=0.85", "kvpress-pyramidkv:ratio=0.85")),
+    ("one_row.json", (1, 131072), OURS), ("end_to_end.json", (16, 32768), OURS),
+)  # fmt: skip
+"""File, batch and prompt, and methods of README's summary."""
+CAPACITIES = ("capacity.json", "capacity_prompt.json", "capacity_minikv.json")
 DENSE = "dense"
 
 
@@ -112,24 +123,59 @@ def cpu_table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def read(file: str, results: Path) -> dict[str, Any] | None:
+    return json.loads((results / file).read_text()) if (results / file).exists() else None
+
+
+def summary(results: Path = RESULTS) -> str:
+    """What stands between README's markers: the rows of SUMMARY, what fitted, and the commands."""
+    lines = [
+        "| case | method | ms per token | of dense's speed | first token, times dense | cache, of dense | file |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    commands = {}
+    for file, case, methods in SUMMARY:
+        found = read(file, results)
+        if found is None:
+            continue
+        commands[file] = found["command"]
+        rows = {row["method"]: row for row in found["results"] if (row["batch"], row["prompt"]) == case}
+        dense = rows[DENSE]
+        lines += [
+            f"| {case[0]}×{tokens(case[1])} | `{method}` | {row['per_token']:.2f} | {dense['per_token'] / row['per_token']:.2f} "
+            f"| {row['first_token'] / dense['first_token']:.2f} | {row['cache_bytes'] / dense['cache_bytes']:.1%} | {file[:-5]} |"
+            for method, row in ((method, rows[method]) for method in methods)
+        ]  # fmt: skip
+    fitted: dict[str, list[str]] = {}
+    for file, found in ((file, read(file, results)) for file in CAPACITIES):
+        for row in found["results"] if found else ():
+            if row["fits"]:
+                what = f"rows of {tokens(row['prompt'])}" if row["what"] == "batch" else "tokens of one row"
+                fitted.setdefault(what, []).append(f"`{row['method']}` {row['fits']:,}")
+                commands[file] = found["command"]
+    lines += ["", *(f"In 24 GB of the GPU fitted, {what}: {', '.join(rows)}." for what, rows in fitted.items())]
+    return "\n".join(["", *lines, "", "```bash", *commands.values(), "```", "", ""])
+
+
 def section(results: Path = RESULTS) -> str:
-    """What stands between the markers."""
+    """What stands between the markers of docs/speed.md."""
     tables: dict[str, Callable] = {file: partial(table, file) for file in FILES}
-    tables |= {file: partial(capacity_table, file) for file in ("capacity.json", "capacity_prompt.json", "capacity_minikv.json")}
+    tables |= {file: partial(capacity_table, file) for file in CAPACITIES}
     tables |= {file: partial(long_table, file) for file in ("long.json", "long_dynamic.json")}
     tables["cpu.json"] = cpu_table
-    parts = [
-        write(json.loads((results / file).read_text())) for file, write in tables.items() if (results / file).exists()
-    ]
+    parts = [write(found) for file, write in tables.items() if (found := read(file, results))]
     return "\n" + "\n".join(parts) + "\n"
 
 
-def updated(text: str, results: Path = RESULTS) -> str:
-    """README's text with the section as the results have it."""
+def updated(text: str, section: str) -> str:
+    """A text with this between its markers."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return before + BEGIN + section(results) + END + after
+    return before + BEGIN + section + END + after
 
+
+WRITTEN = {README: summary, SPEED: section}
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text()))
+    for path, write in WRITTEN.items():
+        path.write_text(updated(path.read_text(), write()))

@@ -1,4 +1,4 @@
-"""README's end-to-end tables are those of the committed results."""
+"""The end-to-end tables of README and docs/speed.md are those of the committed results."""
 
 import importlib.util
 import json
@@ -11,12 +11,13 @@ spec.loader.exec_module(readme)
 
 
 def test_readme_is_up_to_date():
-    text = readme.README.read_text()
-    assert text.count(readme.BEGIN) == text.count(readme.END) == 1
-    assert readme.updated(text) == text, "run: python benchmarks/readme.py"
+    for path, write in readme.WRITTEN.items():
+        text = path.read_text()
+        assert text.count(readme.BEGIN) == text.count(readme.END) == 1
+        assert readme.updated(text, write()) == text, "run: python benchmarks/readme.py"
 
 
-def test_what_failed_and_what_fitted_is_shown(tmp_path):
+def test_what_failed_and_what_fitted_is_shown(tmp_path, monkeypatch):
     about = {"shape": "s", "layers": 2, "device": "d", "versions": {"torch": "t"}, "date": "now", "command": "c"}
     case = {"batch": 1, "prompt": 1024}
     dense = {**case, "method": "dense", "per_token": 3.0, "first_token": 2.0, "decode_peak": 0, "cache_bytes": 8,
@@ -32,6 +33,10 @@ def test_what_failed_and_what_fitted_is_shown(tmp_path):
         {**on_cpu, "method": "ours", "per_token": 1.0, "of_dense": 0.5, "cache_bytes": 1},
     ]
     (tmp_path / "cpu.json").write_text(json.dumps({**about, "threads": 1, "vectors": "AVX", "head_dim": 128, "results": steps}))
+    monkeypatch.setattr(readme, "SUMMARY", (("end_to_end.json", (1, 1024), ("ours",)), ("missing.json", (1, 1), ())))
+    text = readme.summary(tmp_path)
+    assert "| 1×1K | `ours` | 2.00 | 1.50 | 1.00 | 25.0% | end_to_end |" in text
+    assert "rows of 1K: `ours` 6, `ours` 6." in text
     text = readme.section(tmp_path)
     assert "| 1×1K | `ours` | 2.00 | 0.50 |  | 1.50 | 1.00 |  | 25.0% |" in text and "| 1×1K | `x` | no |" in text
     assert "| rows of 1K | `ours` | 7 | 6 | 7 | 98.0% |" in text and "| 7 | 6 | | 98.0% |" in text
