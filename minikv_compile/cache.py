@@ -311,12 +311,13 @@ class MiniKVCache(Cache):
     """
 
     def __init__(
-        self, model: torch.nn.Module, max_cache_len: int, batch_size: int = 1, config: MiniKVConfig | str | None = None,
-        max_new_tokens: int | None = None,
+        self, model: torch.nn.Module | list[Any], max_cache_len: int, batch_size: int = 1,
+        config: MiniKVConfig | str | None = None, max_new_tokens: int | None = None,
     ):  # fmt: skip
         """
         Args:
-            model: a transformers model; one token is run through it, to see what each layer keeps, and where.
+            model: a transformers model; one token is run through it, to see what each layer keeps, and where. Or what
+                `what_layers_keep` said of it.
             max_cache_len: tokens of a row, prompt and padding included. One more is an error.
             batch_size: rows; beams and returned sequences count.
             config: of the backend; a `MiniKVConfig`, the name of a preset, or None for `default`.
@@ -333,7 +334,7 @@ class MiniKVCache(Cache):
             raise ValueError(f"MiniKVCache: max_cache_len {max_cache_len} and batch_size {batch_size} must be 1 or more.")
         if max_new_tokens is not None and not 0 <= max_new_tokens < max_cache_len:
             raise ValueError(f"MiniKVCache: {max_new_tokens} new tokens of {max_cache_len} leave no room for a prompt.")
-        seen = _what_layers_keep(model)
+        seen = model if isinstance(model, list) else what_layers_keep(model)
         attention = [layer for layer in seen if isinstance(layer, DynamicLayer)]
         skipped = [attention[i] for i in self.config.skip_layers if -len(attention) <= i < len(attention)]
         taken = [layer for layer in attention if layer not in skipped and _fits(layer)]
@@ -434,7 +435,7 @@ class MiniKVCache(Cache):
             layer.load_state_dict(part)
 
 
-def _what_layers_keep(model: torch.nn.Module) -> list[Any]:
+def what_layers_keep(model: torch.nn.Module) -> list[Any]:
     """The layers of a dynamic cache after one token."""
     model = getattr(model, "_orig_mod", model)  # of `torch.compile(model)`
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))

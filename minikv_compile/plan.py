@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from . import compat
 from .backend import MiniKVBackend
-from .cache import MiniKVCache
+from .cache import MiniKVCache, what_layers_keep
 from .config import MiniKVConfig
 from .kernels.packing import BLOCK
 from .measure import FULL, parse_method
@@ -75,7 +75,11 @@ class Planner:
     def make_cache(self, batch: int, prompt: int) -> MiniKVCache:
         """A cache of fixed capacity for `batch` rows; the dense one has every layer skipped."""
         config = self.config or MiniKVConfig(skip_layers=tuple(range(self.model.config.num_hidden_layers)))
-        return MiniKVCache(self.model, prompt + self.new_tokens, batch, config, self.new_tokens)
+        return MiniKVCache(self._seen, prompt + self.new_tokens, batch, config, self.new_tokens)
+
+    @cached_property
+    def _seen(self) -> list[Any]:
+        return what_layers_keep(self.model)
 
     def _cache_bytes(self, batch: int, prompt: int) -> int:
         return held_bytes(self.make_cache(batch, prompt))
