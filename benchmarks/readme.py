@@ -154,7 +154,8 @@ def summary(results: Path = RESULTS) -> str:
                 fitted.setdefault(what, []).append(f"`{row['method']}` {row['fits']:,}")
                 commands[file] = found["command"]
     lines += ["", *(f"In 24 GB of the GPU fitted, {what}: {', '.join(rows)}." for what, rows in fitted.items())]
-    return "\n".join(["", *lines, "", "```bash", *commands.values(), "```", "", ""])
+    shown = [command if file in command else f"{command}  # {file} of it" for file, command in commands.items()]
+    return "\n".join(["", *lines, "", "```bash", *shown, "```", "", ""])
 
 
 def section(results: Path = RESULTS) -> str:

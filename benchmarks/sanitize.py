@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 
 import _path  # noqa: F401
@@ -181,7 +182,7 @@ def output_of(run: subprocess.Popen, seconds: float) -> str:
 
 
 def end(run: subprocess.Popen) -> None:
-    if run.poll() is None:
+    with suppress(ProcessLookupError):  # those that it began may be left where it is not
         os.killpg(run.pid, signal.SIGKILL)
 
 

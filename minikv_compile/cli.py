@@ -59,7 +59,10 @@ def load(path: str, device: str = "auto", dtype: str = "auto"):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"cannot load {path!r}: {str(error).splitlines()[0]}", param_hint="--model") from error
-    return model.eval().to(place), tokenizer
+    try:
+        return model.eval().to(place), tokenizer
+    except torch.OutOfMemoryError as error:
+        raise typer.BadParameter(f"{device!r}: {str(error).splitlines()[0]}", param_hint="--device") from error
 
 
 def inner_for(model, inner: str) -> str:

@@ -68,7 +68,7 @@ def plan(
     tokens = parsed(parse_tokens, prompt, option="--prompt")
     config = parsed(load_config, model, option="--model")
     if memory <= left:
-        raise typer.BadParameter(f"{gpu_memory} less {reserve} is nothing: 80GB has a unit", param_hint="--gpu-memory")
+        raise typer.BadParameter(f"{gpu_memory} less {reserve} leaves nothing (80GB has a unit)", param_hint="--gpu-memory")
     lm = random_model(config, "meta", None if dtype == "auto" else getattr(torch, dtype))
     fits = []
     with console.status("") as status:

@@ -41,8 +41,8 @@ def usable_device(name: str) -> torch.device:
     """
     try:
         return torch.empty(0, device=("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"{name!r}: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"{name!r}: {str(error).splitlines()[0].split('. ')[0]}") from error
 
 
 def in_a_folder(path: Path | None) -> Path | None:
@@ -78,7 +78,7 @@ def check_methods(methods: list[str], option: str, peers: bool = False) -> None:
             if not parse_peer(method):
                 parse_method(method)
             elif not peers:
-                raise ValueError(f"{method!r} is another package's: `minikv eval --feed` runs it")
+                raise ValueError(f"{method!r} is another package's: `minikv eval --feed` and `minikv bench` run it")
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint=option) from None
 

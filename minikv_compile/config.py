@@ -261,7 +261,7 @@ class MiniKVConfig:
             ConfigError: unknown name. TypeError: anything else.
         """
         if given is None or isinstance(given, str):
-            return cls.preset(given or "default")
+            return cls.preset("default" if given is None else given)
         if not isinstance(given, MiniKVConfig):
             raise TypeError(f"config must be a MiniKVConfig or the name of a preset, not {type(given).__name__}.")
         return given

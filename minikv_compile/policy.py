@@ -60,8 +60,8 @@ class Policy(ABC):
 
     @abstractmethod
     def score(self, prompt: Prompt, config: MiniKVConfig) -> Tensor:
-        """fp32 [kv_heads, n]: more is kept first. The package's own policies give none below 0; of others' scores what counts is
-        their order, and with the layer budget "coverage" their sums from the lowest on."""
+        """fp32 [kv_heads, n]: more is kept first. What counts is the order; the layer budget "coverage" takes sums, too, and wants
+        none below 0."""
 
 
 class HeavyHitter(Policy):
@@ -238,11 +238,11 @@ def score(name: str, prompt: Prompt, config: MiniKVConfig) -> Tensor:
 
 
 def from_0(scores: Tensor) -> Tensor:
-    """Any scores as selection takes them, by their bits: where a head has negative ones, all are raised so that its lowest finite
-    one is 0. NaN and -inf are as low."""
-    finite = torch.where(torch.isfinite(scores), scores, torch.inf).amin(-1, keepdim=True)
-    low = torch.where(torch.isfinite(finite), finite.clamp(max=0.0), 0.0)
-    return torch.where(scores > low, scores - low, 0.0).nan_to_num()
+    """Any fp32 scores as selection takes them, by their bits: those of a head with one below 0 become their ranks, ties included,
+    because a difference would round (masks are often of -1e9). NaN is as low as -inf, and 0 where none is below."""
+    known = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    ranks = torch.searchsorted(known.sort(-1).values, known).float()
+    return torch.where((scores < 0).any(-1, keepdim=True), ranks, scores.nan_to_num(0.0) + 0.0)  # -0.0 has the sign bit
 
 
 def important_tokens(

@@ -124,7 +124,8 @@ class KVTensor(DenseOnUse):
         return _rebuild, (kv.tensors(), self.config.to_json(), self.role, self.length, FORMAT, self.seq)
 
     def __copy__(self):
-        return self.detach()
+        with compat.outside_inference_mode():
+            return self._of_length(self.length)
 
     def __deepcopy__(self, memo):
         memo[id(self)] = copied = self.clone()

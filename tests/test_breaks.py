@@ -315,7 +315,8 @@ def test_other_threads_have_dynamos_limits_raised_too():
         model(prompt(20))
     with ThreadPoolExecutor(1) as pool:
         limits = pool.submit(lambda: (torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit))
-    assert limits.result() >= (GRAPHS, 4 * GRAPHS)
+    one, all_together = limits.result()
+    assert one >= GRAPHS and all_together >= 4 * GRAPHS
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(skip_layers=(2,))])

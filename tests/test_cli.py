@@ -60,7 +60,7 @@ def test_explain_prints_every_site():
         (["--json", "/no/such/folder/x.json"], "no folder /no/such/folder"),
         (["--model", "/no/such/model"], "cannot load '/no/such/model'"),
         (["--device", "nowhere"], "nowhere"),
-        (["--method", "quanto:bits=2"], "another package's: `minikv eval --feed` runs it"),
+        (["--method", "quanto:bits=2"], "another package's: `minikv eval --feed` and `minikv bench` run it"),
     ],
 )
 def test_wrong_arguments_are_named(tmp_path, wrong, said):

@@ -49,6 +49,17 @@ def test_nor_are_they_after_the_batch_has_changed():
     assert captured() == (4, 0) and read(guards()) == {"size", "stride"}
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_has_no_graph_of_its_own(copied):
+    call, ids = torch.compile(PlainDecoder(), backend=make_backend("default")), prompt(310)
+    _, past = call(ids[:, :300])
+    past = tuple(tuple(map(copied, pair)) for pair in past)
+    for t in range(300, 304):
+        _, past = call(ids[:, t : t + 1], past)
+    assert captured() == (2, 0)
+
+
 def swapped(x):
     return x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() > 2 else x
 

@@ -242,13 +242,18 @@ def test_scores_of_the_users_own_are_made_safe():
         assert torch.equal(tokens, norms.topk(64).indices.sort().values + 4)
 
 
-@pytest.mark.parametrize("scores", [[-3.0, -1.0, -2.0], [-torch.inf] * 2 + [torch.nan], [-0.0, 0.0, 2.0], [torch.inf, -5.0, 1.0]])
+@pytest.mark.parametrize(
+    "scores",
+    [[-3.0, -1.0, -2.0], [-torch.inf] * 2 + [torch.nan], [-0.0, 0.0, 2.0], [torch.inf, -5.0, 1.0],
+     [0.1, 0.3, 0.2, -1e9], [1.0, 3.0, 2.0, torch.finfo(torch.float32).min], [-2.0, -2.0, 1.0], [torch.nan, 1.0, 0.0]],
+)
 def test_scores_from_0(scores):
-    """As they are where none is negative, else raised: the order stays, and no bit says below 0."""
+    """As they are where none is below 0, else ranks: the order stays, and no bit says below 0."""
     given = torch.tensor([scores])
-    found = from_0(given)
+    found, below = from_0(given), bool((given < 0).any())
     assert found.isfinite().all() and not found.signbit().any() and found.min() == 0
-    order = given.nan_to_num(-1e9, neginf=-1e9)
+    assert below or torch.equal(found, given.nan_to_num(0.0))
+    order = given.nan_to_num(-torch.inf if below else 0.0, torch.inf, -torch.inf)
     assert torch.equal(found[..., None] > found[:, None], order[..., None] > order[:, None])
 
 
