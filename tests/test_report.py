@@ -102,3 +102,10 @@ def test_explain_of_a_padded_batch_and_of_a_module_without_a_cache():
     assert explain(tiny(layers=1), input_ids=ids, attention_mask=mask, config="small").rewritten == 2
     assert [s.kind for s in explain(PlainDecoder(layers=1), prompt(8)).sites] == ["prefill"]
     assert explain(torch.nn.Linear(4, 4), torch.zeros(1, 4)).sites == []
+
+
+@pytest.mark.parametrize("tokens, share", [(256, 1.15), (320, 0.92), (1024, 0.35)])
+def test_short_caches_take_what_the_readme_says(tokens, share):
+    model = tiny(layers=1, heads=2, kv_heads=2, head_dim=128, dtype=torch.bfloat16)
+    report = cache_report(greedy(compiled(model, make_backend("default")), prompt(tokens), 1).past_key_values)
+    assert report.bytes / report.dense_bytes == pytest.approx(share, abs=0.006)
