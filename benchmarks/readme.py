@@ -14,7 +14,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 README, SPEED = ROOT / "README.md", ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- by benchmarks/readme.py: -->\n", "<!-- end -->\n"
 FILES = (
-    *("one_row.json", "end_to_end.json", "prompts.json", "prompts_default.json", "short.json", "dynamic.json"),
+    *("one_row.json", "end_to_end.json", "prompts.json", "prompts_window.json", "short.json", "dynamic.json"),
     *("peers.json", "peers_8k.json", "peers_small_8k.json"),
 )
 OURS = ("default", "minikv")
