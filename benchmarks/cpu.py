@@ -1,6 +1,7 @@
-"""Decode attention on a CPU: one token over a packed cache, through the backend and Inductor's C++, beside SDPA over the
-dense cache in the same dtype, compiled by Inductor too. Every ratio is against the faster of SDPA's two spellings in the same
-run; methods take turns, so that a busy machine slows all of them.
+"""Decode attention on a CPU: one token over the packed caches of some layers, through the backend and Inductor's C++, beside SDPA
+over dense caches in the same dtype, compiled by Inductor too. Several layers, as a step has them: so that no layer finds its cache
+where the step before left it, and what a call costs on the host is shared. Every ratio is against the faster of SDPA's two
+spellings in the same run; methods take turns, so that a busy machine slows all of them.
 
 python benchmarks/cpu.py --json benchmarks/results/cpu.json
 """
@@ -38,7 +39,7 @@ WARM_UP = 3
 
 @dataclass
 class Figures:
-    """One method: the median of a decode step in milliseconds, and what its keys and values take, in bytes."""
+    """One method: the median of a decode step's time for a layer in milliseconds, and what its keys and values take, in bytes."""
 
     method: str
     heads: int
@@ -51,76 +52,89 @@ class Figures:
     """Times the step of the faster dense spelling."""
 
 
-def attend(qkv: Tensor, past: tuple[Tensor, Tensor], heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer's attention behind its projection, as a decoder without a cache class has it."""
-    qkv = qkv.unflatten(-1, (heads + 2 * kv_heads, HEAD_DIM)).transpose(1, 2)
-    q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
-    k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2), k, v
+Layer = tuple[Tensor, Tensor]
+"""Keys and values."""
 
 
-def attend_dense(qkv: Tensor, past: tuple[Tensor, Tensor], heads: int, grouped: bool) -> Tensor:
-    """The same over a dense cache, whose last place the new token takes."""
-    keys, values = past
-    kv_heads = keys.shape[1]
+def split(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
     qkv = qkv.unflatten(-1, (heads + 2 * kv_heads, HEAD_DIM)).transpose(1, 2)
-    q, keys[:, :, -1:], values[:, :, -1:] = qkv.split([heads, kv_heads, kv_heads], 1)
-    if grouped:
-        out = F.scaled_dot_product_attention(q.unflatten(1, (kv_heads, -1)).squeeze(3), keys, values)
-        return out.reshape(1, 1, -1)
-    return F.scaled_dot_product_attention(q, keys, values, enable_gqa=True).transpose(1, 2).flatten(2)
+    return qkv.split([heads, kv_heads, kv_heads], 1)
+
+
+def attend(tokens: list[Tensor], past: list[Layer], heads: int) -> tuple[list[Tensor], list[Layer]]:
+    """Each layer's attention behind its projection, as a decoder without a cache class has it."""
+    outs, new = [], []
+    for token, (keys, values) in zip(tokens, past, strict=True):
+        q, k, v = split(token, heads, keys.shape[1])
+        k, v = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+        outs.append(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
+        new.append((k, v))
+    return outs, new
+
+
+def attend_dense(tokens: list[Tensor], past: list[Layer], heads: int, grouped: bool) -> list[Tensor]:
+    """The same over dense caches, whose last place the new token takes."""
+    outs = []
+    for token, (keys, values) in zip(tokens, past, strict=True):
+        q, keys[:, :, -1:], values[:, :, -1:] = split(token, heads, keys.shape[1])
+        if grouped:
+            out = F.scaled_dot_product_attention(q.unflatten(1, (keys.shape[1], -1)).squeeze(3), keys, values)
+            outs.append(out.reshape(1, 1, -1))
+        else:
+            outs.append(F.scaled_dot_product_attention(q, keys, values, enable_gqa=True).transpose(1, 2).flatten(2))
+    return outs
 
 
 class Packed:
-    """A step over a compressed cache, which grows by a token each."""
+    """A step over compressed caches, which grow by a token each."""
 
-    def __init__(self, config: MiniKVConfig, prompt: list[Tensor], token: Tensor, heads: int, inner: str):
+    def __init__(self, config: MiniKVConfig, prompts: list[Layer], tokens: list[Tensor], heads: int, inner: str):
         self.attend = torch.compile(attend, backend=MiniKVBackend(config, inner))
-        self.token, self.heads, self.cache = token, (heads, prompt[0].shape[1]), compressed(config, prompt)
+        self.tokens, self.heads, self.caches = tokens, heads, [compressed(config, prompt) for prompt in prompts]
 
-    def __call__(self) -> Tensor:
-        out, *self.cache = self.attend(self.token, tuple(self.cache), *self.heads)
-        return out
+    def __call__(self) -> list[Tensor]:
+        outs, self.caches = self.attend(self.tokens, self.caches, self.heads)
+        return outs
 
     def bytes(self) -> int:
-        return cache_report([tuple(self.cache)]).bytes
+        return cache_report(self.caches[:1]).bytes
 
 
 class Dense:
-    """A step over a dense cache with room for the new token."""
+    """A step over dense caches with room for the new token."""
 
-    def __init__(self, prompt: list[Tensor], token: Tensor, heads: int, grouped: bool, inner: str):
+    def __init__(self, prompts: list[Layer], tokens: list[Tensor], heads: int, grouped: bool, inner: str):
         self.attend = torch.compile(attend_dense, backend=inner)
-        self.cache = tuple(F.pad(x, (0, 0, 0, 1)) for x in prompt)
-        self.arguments = token, self.cache, heads, grouped
+        self.caches = [tuple(F.pad(x, (0, 0, 0, 1)) for x in prompt) for prompt in prompts]
+        self.arguments = tokens, self.caches, heads, grouped
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> list[Tensor]:
         return self.attend(*self.arguments)
 
     def bytes(self) -> int:
-        return sum(x.nbytes for x in self.cache)
+        return sum(x.nbytes for x in self.caches[0])
 
 
-def compressed(config: MiniKVConfig, prompt: list[Tensor]) -> list[KVTensor]:
+def compressed(config: MiniKVConfig, prompt: Layer) -> tuple[KVTensor, ...]:
     """What a prefill makes of a prompt's keys and values, under a policy that observes no attention."""
     made = iter(torch.ops.minikv.compress(*prompt, None, None, None, 0, 1, config.to_json()))
     parts = [
         ({name: next(made) for name in ops.fields(config, role, False)}, role, x.shape[2], 0)
         for role, x in zip(ops.ROLES, prompt, strict=True)
     ]
-    return wrap_prompt(parts, config)
+    return tuple(wrap_prompt(parts, config))
 
 
 def make_steps(
-    methods: list[str], heads: int, kv_heads: int, dtype: torch.dtype, tokens: int, inner: str
+    methods: list[str], heads: int, kv_heads: int, dtype: torch.dtype, tokens: int, layers: int, inner: str
 ) -> dict[str, Packed | Dense]:
     """A decode step of each method after the same random prompt."""
     torch.manual_seed(0)
-    prompt = [torch.randn(1, kv_heads, tokens, HEAD_DIM, dtype=dtype) for _ in range(2)]
-    token = torch.randn(1, 1, (heads + 2 * kv_heads) * HEAD_DIM, dtype=dtype)
-    steps: dict[str, Packed | Dense] = {name: Dense(prompt, token, heads, name != DENSE[0], inner) for name in DENSE}
+    prompts = [tuple(torch.randn(1, kv_heads, tokens, HEAD_DIM, dtype=dtype) for _ in range(2)) for _ in range(layers)]
+    new = [torch.randn(1, 1, (heads + 2 * kv_heads) * HEAD_DIM, dtype=dtype) for _ in range(layers)]
+    steps: dict[str, Packed | Dense] = {name: Dense(prompts, new, heads, name != DENSE[0], inner) for name in DENSE}
     return steps | {
-        method: Packed(replace(parse_method(method), strict=True), prompt, token, heads, inner) for method in methods
+        method: Packed(replace(parse_method(method), strict=True), prompts, new, heads, inner) for method in methods
     }
 
 
@@ -141,13 +155,13 @@ def medians(steps: dict[str, Callable[[], Any]], rounds: int, repeats: int) -> d
 
 @torch.no_grad()
 def run(
-    methods: list[str], heads: int, kv_heads: int, dtype: torch.dtype, tokens: int, rounds: int, repeats: int,
+    methods: list[str], heads: int, kv_heads: int, dtype: torch.dtype, tokens: int, layers: int, rounds: int, repeats: int,
     inner: str = "inductor",
 ) -> Iterator[Figures]:  # fmt: skip
     """The figures of the dense spellings and of each method."""
     torch.compiler.reset()
-    steps = make_steps(methods, heads, kv_heads, dtype, tokens, inner)
-    found = medians(steps, rounds, repeats)
+    steps = make_steps(methods, heads, kv_heads, dtype, tokens, layers, inner)
+    found = {name: time / layers for name, time in medians(steps, rounds, repeats).items()}
     dense = min(found[name] for name in DENSE)
     for name, step in steps.items():
         kind = str(dtype).removeprefix("torch.")
@@ -169,6 +183,7 @@ def table_of(results: list[Figures], head: str) -> Table:
 def main(
     methods: Annotated[str, typer.Option(help="Presets, comma-separated, changed or not.")] = "default,default:bits=4",
     tokens: str = "16k",
+    layers: int = 4,
     threads: int = 1,
     rounds: int = 9,
     repeats: int = 5,
@@ -178,11 +193,11 @@ def main(
     results: list[Figures] = []
     for heads, kv_heads in HEADS:
         for dtype in (torch.float32, torch.bfloat16):
-            results += run(methods.split(","), heads, kv_heads, dtype, parse_tokens(tokens), rounds, repeats)
-    Console().print(table_of(results, f"One decode step of attention, {tokens} tokens, {threads} threads"))
+            results += run(methods.split(","), heads, kv_heads, dtype, parse_tokens(tokens), layers, rounds, repeats)
+    Console().print(table_of(results, f"Attention of one of {layers} layers in a decode step, {tokens} tokens, {threads} threads"))
     if json_file is not None:
         about = {**provenance("cpu"), "vectors": torch.backends.cpu.get_cpu_capability(), "threads": threads}
-        about |= {"head_dim": HEAD_DIM}
+        about |= {"head_dim": HEAD_DIM, "layers": layers}
         json_file.write_text(json.dumps({**about, "results": [asdict(r) for r in results]}, indent=1) + "\n")
 
 

@@ -107,8 +107,9 @@ def cpu_table(found: dict[str, Any]) -> str:
     """One layer's attention on a CPU, of the file of `benchmarks/cpu.py`."""
     threads = f"{found['threads']} thread{'s' * (found['threads'] > 1)}"
     lines = [
-        f"On a CPU: one layer's attention of one token of one row over {tokens(found['results'][0]['tokens'])} tokens, head "
-        f"dimension {found['head_dim']},\n{threads} of a shared machine with {found['vectors']}, torch "
+        f"On a CPU: attention of one token of one row over {tokens(found['results'][0]['tokens'])} tokens, of one of "
+        f"{found['layers']} layers in a step, head dimension {found['head_dim']},\n"
+        f"{threads} of a shared machine with {found['vectors']}, torch "
         f"{found['versions']['torch']}, {found['date']}, all compiled by Inductor\n(`benchmarks/results/cpu.json`; "
         f"`{found['command']}`).\n`sdpa-grouped` makes the queries of a KV head one matrix:", "",
         "| query / KV heads | dtype | method | ms | of the faster SDPA's time | cache, of dense |", "|---|---|---|---|---|---|",

@@ -40,11 +40,19 @@ def append(dense: Tensor, new: Tensor, state: Tensor, length: int) -> None:
     dense[batch, :, slots.long()] = new.transpose(1, 2)
 
 
-def _zeros_past(valid: Tensor, values: Packed) -> Packed:
-    """Values that are zero where bool `valid` [batch, blocks * BLOCK] is false. There they may be anything, NaN too: 0 * NaN
-    must not reach the output."""
-    past = ~valid.view(valid.shape[0], 1, -1, 1, BLOCK)
-    return values[0], *(meta.masked_fill(past, 0.0) for meta in values[1:])
+def _first(count: Tensor, places: int) -> Tensor:
+    """bool [..., places]: which are the first int32 `count` [...]. int32, of which a vector has as many as of fp32."""
+    return torch.arange(places, dtype=torch.int32, device=count.device) < count[..., None]
+
+
+def _zeros_past(stored: Tensor, values: Packed) -> Packed:
+    """Values that are zero past the first `stored` [batch] tokens. There they may be anything, NaN too: 0 * NaN must not reach the
+    output. Scales and zeros of 8 bits are finite."""
+    codes, *both = values
+    if both[0].dtype != torch.uint8:
+        past = ~_first(stored, codes.shape[2] * BLOCK).view(stored.shape[0], 1, -1, 1, BLOCK)
+        both = [meta.masked_fill(past, 0.0) for meta in both]
+    return codes, *both
 
 
 def attend_reference(
@@ -95,7 +103,6 @@ def attend_reference(
     tiers = [] if k_tier is None else [(k_tier, v_tier, bits, IN_TIER)]
     if important is not None:
         tiers.append((important.keys, important.values, important.bits, IN_IMPORTANT))
-    in_tier = [torch.arange(t[1][0].shape[2] * BLOCK, device=q.device) < state[:, t[-1], None] for t in tiers]
     stored = stored * scale
     noises = [
         (noise * (stored.square() @ metadata(*keys[1:], width)[0].flatten(2, 3).square().mT)).clamp(max=MOST_NOISE)
@@ -104,27 +111,25 @@ def attend_reference(
     ]  # fmt: skip
     logits = [
         products.keys(stored, keys, width, k_group, k_axis, less)
-        for (keys, _, width, _), less in zip(tiers, noises, strict=True)
-    ]
+        .masked_fill(~_first(state[:, column], keys[0].shape[2] * BLOCK)[:, None, None], -torch.inf)
+        for (keys, _, width, column), less in zip(tiers, noises, strict=True)
+    ]  # fmt: skip
+    ages = torch.arange(n - 1, -1, -1, dtype=torch.int32, device=q.device)  # how many new tokens are newer than query i
+    seen = _first(length - state[:, OFFSET, None] - ages, k_dense.shape[2])  # [batch, n, capacity]
+    recent = (query @ k_dense.float().transpose(-1, -2) * scale).unflatten(2, (-1, n))
+    logits = torch.cat([*logits, recent.masked_fill(~seen[:, None, None], -torch.inf).flatten(2, 3)], -1)
 
-    ages = torch.arange(n - 1, -1, -1, device=q.device)  # how many new tokens are newer than query i
-    seen = length - state[:, OFFSET, None] - ages  # [batch, n] dense tokens that query i sees
-    in_dense = torch.arange(k_dense.shape[2], device=q.device) < seen[..., None]  # [batch, n, dense]
-    valid = torch.cat([*(part[:, None].expand(-1, n, -1) for part in in_tier), in_dense], -1)[:, None, None]
-    logits = torch.cat([*logits, query @ k_dense.float().transpose(-1, -2) * scale], -1)
-    logits = logits.view(batch, kv_heads, heads // kv_heads, n, -1).masked_fill(~valid, -torch.inf)
-    probs = logits.softmax(-1).view(batch, kv_heads, heads // kv_heads * n, -1)
-
-    v_recent = v_dense.float().masked_fill(~in_dense[:, -1][:, None, :, None], 0.0)
-    *of_tiers, of_dense = probs.split([*(part.shape[1] for part in in_tier), v_recent.shape[2]], -1)
-    out = of_dense @ v_recent
+    # A softmax that divides its sum: there are fewer channels than tokens.
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    *of_tiers, of_dense = weights.split([*(keys[0].shape[2] * BLOCK for keys, *_ in tiers), k_dense.shape[2]], -1)
+    out = of_dense @ v_dense.float().masked_fill(~seen[:, -1, None, :, None], 0.0)
     if tiers:
         packed = sum(
-            products.values(p, _zeros_past(part, values), width, v_group)
-            for p, part, (_, values, width, _) in zip(of_tiers, in_tier, tiers, strict=True)
+            products.values(p, _zeros_past(state[:, column], values), width, v_group)
+            for p, (_, values, width, column) in zip(of_tiers, tiers, strict=True)
         )
         out = out + (packed if rotation is None else packed @ rotation.float().T)
-    return out.view(batch, heads, n, dim).to(q.dtype)
+    return (out / weights.sum(-1, keepdim=True)).view(batch, heads, n, dim).to(q.dtype)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from .kernels import attend, compress, linear, packing, prefill, scores
 from .kernels import flush as flush_kernels
 from .kernels.important import NO_TOKEN, stored_order
 from .kernels.packing import BLOCK, metadata_dtype, words
-from .kernels.products import FOLDED
+from .kernels.products import folded
 from .kernels.select import bitmask
 from .kernels.state import COLUMNS, IN_IMPORTANT, IN_TIER, NOT_FINITE, OFFSET, PINNED
 from .policy import Prompt, important_tokens, padded_to, select
@@ -392,7 +392,7 @@ def decode_attention_in_graph(
     attend.append(v_dense, v, state, length)
     return attend.attend_reference(
         q, k_dense=k_dense, v_dense=v_dense, state=state, length=length, scale=scale, rotation=rotation,
-        products=FOLDED, **attended(k_tier, v_tier, settings, q.shape[-1]),
+        products=folded(q.shape[1] // k.shape[1]), **attended(k_tier, v_tier, settings, q.shape[-1]),
     )  # fmt: skip
 
 

@@ -32,7 +32,8 @@ def test_what_failed_and_what_fitted_is_shown(tmp_path, monkeypatch):
         {**on_cpu, "method": "sdpa", "per_token": 2.0, "cache_bytes": 8},
         {**on_cpu, "method": "ours", "per_token": 1.0, "of_dense": 0.5, "cache_bytes": 1},
     ]
-    (tmp_path / "cpu.json").write_text(json.dumps({**about, "threads": 1, "vectors": "AVX", "head_dim": 128, "results": steps}))
+    about_cpu = {**about, "threads": 1, "vectors": "AVX", "head_dim": 128, "layers": 4}
+    (tmp_path / "cpu.json").write_text(json.dumps({**about_cpu, "results": steps}))
     monkeypatch.setattr(readme, "SUMMARY", (("end_to_end.json", (1, 1024), ("ours",)), ("missing.json", (1, 1), ())))
     text = readme.summary(tmp_path)
     assert "| 1×1K | `ours` | 2.00 | 1.50 | 1.00 | 25.0% | end_to_end |" in text
