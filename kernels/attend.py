@@ -119,7 +119,7 @@ def attend_reference(
     recent = (query @ k_dense.float().transpose(-1, -2) * scale).unflatten(2, (-1, n))
     logits = torch.cat([*logits, recent.masked_fill(~seen[:, None, None], -torch.inf).flatten(2, 3)], -1)
 
-    # A softmax that divides its sum: there are fewer channels than tokens.
+    # A softmax, divided by its sum after the product with values: of channels there are fewer than of tokens.
     weights = (logits - logits.amax(-1, keepdim=True)).exp()
     *of_tiers, of_dense = weights.split([*(keys[0].shape[2] * BLOCK for keys, *_ in tiers), k_dense.shape[2]], -1)
     out = of_dense @ v_dense.float().masked_fill(~seen[:, -1, None, :, None], 0.0)

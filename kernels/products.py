@@ -4,8 +4,8 @@
 scale and zero are folded into the other operand, as in the Triton kernels, so that codes are contracted as they are and
 nothing dequantized is in memory. What Inductor's C++ needs for that loop to be vectors: words in pairs, as int32 (it has no
 vectors of int16), the operand's even and odd places apart (it has no strided loads), slices and words as two axes (it would
-divide in the loop), and a sum of its own for each query of a KV head, which one loop makes: a code is unpacked once for all of
-them. Eager PyTorch would hold the codes times every row of the operand. Head dimensions are multiples of 16.
+divide in the loop), and a sum of its own for each of up to `MOST_AT_ONCE` queries of a KV head, which one loop makes: a code is
+unpacked once for them. Eager PyTorch would hold the codes times every row of the operand. Head dimensions are multiples of 16.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _halved(x: Tensor) -> Tensor:
 
 
 def _in_turn(x: Tensor, queries: int) -> tuple[Tensor, ...]:
-    """[batch, kv_heads, rows, ...], whose rows are `queries` times the new tokens, in parts for which one loop has sums."""
+    """[batch, kv_heads, rows, ...], whose rows are `queries` times the new tokens, in as many parts as one loop has sums for."""
     at_once = max(d for d in range(1, MOST_AT_ONCE + 1) if queries % d == 0)
     return x.unflatten(2, (at_once, -1)).unbind(2)
 

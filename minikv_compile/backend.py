@@ -76,6 +76,7 @@ class MiniKVBackend:
         inputs, boundary = desugar(rewritten, rewriter.originals, example_inputs, self.config, self._replays(mode, options))
         inputs = [compat.settled(x) for x in inputs]
         if boundary.step is None:
+            inner = compat.inner_compiler(self.inner, mode, {**compat.CONTRACTED, **(options or {})})
             boundary.compiled = inner(rewritten.module, inputs)
         else:  # one CUDA graph, in the place of those that `mode` may ask for
             inner = compat.inner_compiler(self.inner, mode, {**(options or {}), "triton.cudagraphs": False})

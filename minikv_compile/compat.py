@@ -351,13 +351,18 @@ def copy_module_attributes(source: GraphModule, target: GraphModule) -> None:
             setattr(target, name, getattr(source, name))
 
 
+CONTRACTED = {"cpp.enable_floating_point_contract_flag": "fast"}
+"""Options of Inductor with which a CPU makes a product and its sum one instruction, as Triton does on a GPU: decode attention is
+mostly these. What the user's environment says is left."""
+if "TORCHINDUCTOR_CPP_ENABLE_FLOATING_POINT_CONTRACT_FLAG" in os.environ:
+    CONTRACTED = {}
+
+
 def inner_compiler(name: str | Callable, mode: str | None, options: dict[str, Any] | None) -> Callable:
     """What compiles the rewritten graph: `(module, example_inputs) -> callable`."""
     if callable(name):
         return name
     if name == "inductor":
-        # On a CPU products and sums are one instruction, as Triton makes them on a GPU: half of what decode attention does.
-        options = {"cpp.enable_floating_point_contract_flag": "fast", **(options or {})}
         return _with_templates(torch._TorchCompileInductorWrapper(mode, options, None))
     return lookup_backend(name)
 

@@ -59,7 +59,8 @@ def test_through_inductor_by_name():
 
 
 def test_mode_and_options_reach_inductor(monkeypatch):
-    seen = []
+    """The user's go before ours."""
+    seen, contract = [], "cpp.enable_floating_point_contract_flag"
 
     class Wrapper:
         def __init__(self, mode, options, dynamic):
@@ -73,8 +74,9 @@ def test_mode_and_options_reach_inductor(monkeypatch):
     with torch.no_grad():
         torch.compile(model, backend=MiniKVBackend(), mode="reduce-overhead")(prompt(8))
         torch._dynamo.reset()
-        torch.compile(model, backend=MiniKVBackend(), options={"max_autotune": True})(prompt(8))
-    assert seen == [("reduce-overhead", None), (None, {"max_autotune": True})]
+        torch.compile(model, backend=MiniKVBackend(), options={"max_autotune": True, contract: "off"})(prompt(8))
+    asked = {"max_autotune": True, contract: "off"}  # a graph that is not rewritten gets what was asked for, too
+    assert seen == [("reduce-overhead", None), ("reduce-overhead", {contract: "fast"}), (None, asked), (None, asked)]
 
 
 def test_the_inner_compiler_may_be_a_function():
