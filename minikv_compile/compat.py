@@ -351,11 +351,12 @@ def copy_module_attributes(source: GraphModule, target: GraphModule) -> None:
             setattr(target, name, getattr(source, name))
 
 
-CONTRACTED = {"cpp.enable_floating_point_contract_flag": "fast"}
+CONTRACTED = (
+    {} if "TORCHINDUCTOR_CPP_ENABLE_FLOATING_POINT_CONTRACT_FLAG" in os.environ
+    else {"cpp.enable_floating_point_contract_flag": "fast"}
+)  # fmt: skip
 """Options of Inductor with which a CPU makes a product and its sum one instruction, as Triton does on a GPU: decode attention is
 mostly these. What the user's environment says is left."""
-if "TORCHINDUCTOR_CPP_ENABLE_FLOATING_POINT_CONTRACT_FLAG" in os.environ:
-    CONTRACTED = {}
 
 
 def inner_compiler(name: str | Callable, mode: str | None, options: dict[str, Any] | None) -> Callable:

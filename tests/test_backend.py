@@ -372,8 +372,8 @@ def test_minikv_equals_a_naive_simulation():
         cache = out.past_key_values
         errors.append((out.logits[:, -1] - expected).abs().max())
     # Of logits that spread by 2.5: 1e-4, up to 2e-2 where a value next to a tie got another code, as another order of sums gives.
-    errors = torch.stack(errors)
-    assert errors.median() < 4e-3 and errors.max() < 0.1
+    errors = torch.stack(errors).sort().values
+    assert errors[-4] < 4e-3 and errors[-1] < 3e-2
     assert sum(simulation.packed) > flushes
 
 
